@@ -1,0 +1,106 @@
+"""What an aggregation rule is: an algorithm cut at the sum."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from fedpeft.adapters import Adapter, Layout, LowRank, Spec, Tensors, Update
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """What everyone knows of one pass of a round.
+
+    pass_: 0 for the first sum of the round; shared: what the server broadcast since the round began.
+    """
+
+    spec: Spec
+    round: int = 0
+    pass_: int = 0
+    shared: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServerState:
+    """All that the server keeps from round to round.
+
+    tail: low-rank layers that every client runs beside the adapter and none trains; memory: the
+    rule's own tensors (bases, moments); moments: the server optimiser's.
+    """
+
+    task: Task
+    adapter: Adapter
+    tail: Mapping[str, LowRank] = field(default_factory=dict)
+    memory: Tensors = field(default_factory=dict)
+    moments: Tensors = field(default_factory=dict)
+
+    def next(self, adapter: Adapter) -> Self:
+        """The state at the start of the next round, with this adapter."""
+        return replace(self, task=Task(self.task.spec, self.task.round + 1), adapter=adapter)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Broadcast:
+    """What one client receives for one pass."""
+
+    task: Task
+    adapter: Adapter
+    tail: Mapping[str, LowRank]
+
+
+class Rule(ABC):
+    """The client's half of a rule, and what it sends."""
+
+    @property
+    def passes(self) -> int:
+        """How many sums a round takes."""
+        return 1
+
+    @abstractmethod
+    def layout(self, task: Task) -> Layout:
+        """What one encoding holds: public, and the same for every client."""
+
+    @abstractmethod
+    def encode(self, update: Update, task: Task) -> Tensors:
+        """What one client puts into the sum; zero for an update that changes nothing."""
+
+    def trains(self, task: Task) -> str:
+        """The factors that clients train in this round: "a", "b" or "ab". Dense leaves are always trained."""
+        return "ab"
+
+    def personal(self, spec: Spec) -> frozenset[str]:
+        """Tensors (as ``Adapter.tensors`` names them) that each client trains, keeps and never sends."""
+        return frozenset()
+
+    def constant(self, spec: Spec) -> frozenset[str]:
+        """Tensors that no round of this rule ever changes, so that they travel once."""
+        return frozenset()
+
+    def send(self, state: ServerState, rank: int) -> Broadcast:
+        """What a client of this rank receives."""
+        return Broadcast(state.task, state.adapter.cut(rank), state.tail)
+
+
+class MeanRule(Rule):
+    """A rule whose server needs only the weighted mean of what clients encode.
+
+    So it runs in the clear, under secure aggregation, with central noise, and with a tree of
+    servers that each keep one running sum.
+    """
+
+    def between(self, mean: Tensors, state: ServerState) -> Tensors:
+        """What the server broadcasts after a pass that is not the round's last."""
+        raise ValueError(f"{type(self).__name__} has one pass; nothing comes between")
+
+    @abstractmethod
+    def decode(self, mean: Tensors, state: ServerState) -> ServerState:
+        """The state after a round whose last pass has this weighted mean."""
+
+
+class ListRule(Rule):
+    """A rule whose server needs each client's encoding by itself: it can't be run on a sum."""
+
+    @abstractmethod
+    def decode(self, encodings: Sequence[tuple[Tensors, float]], state: ServerState) -> ServerState:
+        """The state after a round with these encodings and their weights."""

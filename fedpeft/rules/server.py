@@ -1,0 +1,103 @@
+"""Server optimisers: one function on the mean change, which is a pseudo-gradient.
+
+Sources: Reddi et al., arXiv:2003.00295, algorithm 2 (FedAdagrad, FedYogi, FedAdam; no bias
+correction; second moments start at tau²); Hsu et al., arXiv:1909.06335, section 3 (FedAvgM).
+On LoRA factors all of these have been seen to lose accuracy; the default is ``Averaging``.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing_extensions import override
+
+import numpy as np
+
+from fedpeft.adapters import Array, Tensors
+
+
+class ServerOptimiser(ABC):
+    """Turns the mean change into the step that the server takes."""
+
+    @abstractmethod
+    def step(self, mean: Tensors, moments: Tensors) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The change to apply, and the moments to keep: those of tensors not in ``mean`` stay as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Averaging(ServerOptimiser):
+    """The mean itself, times ``lr``: FedAvg at 1."""
+
+    lr: float = 1.0
+
+    @override
+    def step(self, mean: Tensors, moments: Tensors) -> tuple[dict[str, Array], dict[str, Array]]:
+        return {n: self.lr * x for n, x in mean.items()}, dict(moments)
+
+
+@dataclass(frozen=True, slots=True)
+class Momentum(ServerOptimiser):
+    """FedAvgM: ``v ← beta · v + mean``, and a step of ``lr · v``."""
+
+    lr: float = 1.0
+    beta: float = 0.9
+
+    @override
+    def step(self, mean: Tensors, moments: Tensors) -> tuple[dict[str, Array], dict[str, Array]]:
+        v = {n: self.beta * moments.get(f"v/{n}", np.zeros_like(x)) + x for n, x in mean.items()}
+        return {n: self.lr * x for n, x in v.items()}, dict(moments) | {f"v/{n}": x for n, x in v.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptive(ServerOptimiser):
+    """FedAdam, FedYogi and FedAdagrad: ``m ← beta1·m + (1−beta1)·mean``, and a step of ``lr · m / (√v + tau)``."""
+
+    lr: float = 0.01
+    beta1: float = 0.9
+    tau: float = 1e-3
+
+    @abstractmethod
+    def second(self, v: Array, square: Array) -> Array:
+        """The next second moment, from the last one and the squared mean."""
+
+    @override
+    def step(self, mean: Tensors, moments: Tensors) -> tuple[dict[str, Array], dict[str, Array]]:
+        change: dict[str, Array] = {}
+        kept = dict(moments)
+        for n, x in mean.items():
+            m = self.beta1 * moments.get(f"m/{n}", np.zeros_like(x)) + (1 - self.beta1) * x
+            v = self.second(moments.get(f"v/{n}", np.full_like(x, self.tau**2)), x**2)
+            change[n] = self.lr * m / (np.sqrt(v) + self.tau)
+            kept |= {f"m/{n}": m, f"v/{n}": v}
+        return change, kept
+
+
+@dataclass(frozen=True, slots=True)
+class Adagrad(Adaptive):
+    """``v ← v + mean²``, with no first moment unless ``beta1`` is set."""
+
+    beta1: float = 0.0
+
+    @override
+    def second(self, v: Array, square: Array) -> Array:
+        return v + square
+
+
+@dataclass(frozen=True, slots=True)
+class Adam(Adaptive):
+    """``v ← beta2·v + (1−beta2)·mean²``."""
+
+    beta2: float = 0.99
+
+    @override
+    def second(self, v: Array, square: Array) -> Array:
+        return self.beta2 * v + (1 - self.beta2) * square
+
+
+@dataclass(frozen=True, slots=True)
+class Yogi(Adaptive):
+    """``v ← v − (1−beta2)·mean²·sign(v − mean²)``."""
+
+    beta2: float = 0.99
+
+    @override
+    def second(self, v: Array, square: Array) -> Array:
+        return v - (1 - self.beta2) * square * np.sign(v - square)
