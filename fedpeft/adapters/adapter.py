@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any, Self
 
 import numpy as np
@@ -61,16 +62,23 @@ class Adapter:
             tuple((n, x.shape) for n, x in self.dense.items()),
         )
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex: the same for two adapters exactly if ``same`` says so, in any order of names."""
+        whole = sha256()
+        for name, x in sorted(_everything(self).items()):
+            whole.update(f"{name} {x.dtype.str} {x.shape} ".encode())
+            whole.update(x.tobytes())
+        return whole.hexdigest()
+
     def tensors(self, parts: str = "ab") -> dict[str, Array]:
         """The factors named by ``parts`` as "layer/a" and "layer/b", then the dense leaves; views, not copies."""
         factors = {f"{n}/{p}": _factor(x, p) for n, x in self.layers.items() for p in parts}
         return factors | dict(self.dense)
 
     def put(self, tensors: Tensors) -> Self:
-        """This adapter with the named tensors (as ``tensors()`` names them) put in place of its own."""
-        unknown = sorted(set(tensors) - set(self.tensors()))
-        if unknown:
-            raise ValueError(f"no such tensor in the adapter: {', '.join(unknown[:3])}")
+        """This adapter with these tensors, named and shaped as in ``tensors()``, in place of its own."""
+        self._expect(tensors)
         layers = {
             n: replace(x, a=tensors.get(f"{n}/a", x.a), b=tensors.get(f"{n}/b", x.b)) for n, x in self.layers.items()
         }
@@ -82,11 +90,17 @@ class Adapter:
 
     def moved(self, change: Tensors) -> Self:
         """This adapter with ``change`` added to the tensors it names, each kept in its own dtype."""
+        self._expect(change)
         mine = self.tensors()
-        unknown = sorted(set(change) - set(mine))
-        if unknown:
-            raise ValueError(f"no such tensor in the adapter: {', '.join(unknown[:3])}")
         return self.put({n: (mine[n] + x).astype(mine[n].dtype) for n, x in change.items()})
+
+    def _expect(self, tensors: Tensors) -> None:
+        mine = self.tensors()
+        for name, x in tensors.items():
+            if name not in mine:
+                raise ValueError(f"no such tensor in the adapter: {name}; it has {', '.join(list(mine)[:3])} …")
+            if x.shape != mine[name].shape:
+                raise ValueError(f"{name} does not fit the adapter: got {x.shape}; want {mine[name].shape}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,8 +113,14 @@ class Update:
     def factors(self, parts: str, spec: Spec) -> dict[str, Array]:
         """trained − received, factor by factor, zero-padded to the server's ranks.
 
-        Factors of different scales don't add up, so a scale that is not the server's raises ValueError.
+        Factors of different scales don't add up, so a scale that is not the server's raises ValueError,
+        as do layers that are not the server's.
         """
+        if self.trained.layers.keys() != {layer.name for layer in spec.layers}:
+            raise ValueError(
+                f"the adapter is not the server's: it has layers {sorted(self.trained.layers)}; "
+                f"want {sorted(layer.name for layer in spec.layers)}"
+            )
         change: dict[str, Array] = {}
         for layer in spec.layers:
             new, old = self.trained.layers[layer.name], self.received.layers[layer.name]
@@ -132,9 +152,5 @@ def same(x: Adapter, y: Adapter) -> bool:
 
 
 def _everything(x: Adapter) -> dict[str, NDArray[Any]]:
-    scales = {f"{n}/scale": np.float64(layer.scale) for n, layer in x.layers.items()}
-    return (
-        dict(x.tensors())
-        | {f"fixed/{n}": v for n, v in x.fixed.items()}
-        | {n: np.asarray(v) for n, v in scales.items()}
-    )
+    scales = {f"{n}/scale": np.array(layer.scale) for n, layer in x.layers.items()}
+    return dict(x.tensors()) | {f"fixed/{n}": v for n, v in x.fixed.items()} | scales

@@ -10,7 +10,7 @@ from fedpeft.adapters import Array
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """loss: summed over units; units: predictions made (labels, or target tokens); correct: of these; examples: rows."""
+    """loss: summed over units; units: predictions made (labels or target tokens); correct: of these; examples: rows."""
 
     loss: float = 0.0
     units: float = 0.0

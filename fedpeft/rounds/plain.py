@@ -7,6 +7,7 @@ calls ``close`` when ``is_settled`` or when time is up, again for each pass, and
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+
 from typing_extensions import override
 
 from fedpeft.adapters import Array, Tensors, Update
@@ -56,6 +57,8 @@ class Round(ABC):
     _is_over: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
+        if self.quorum < 1:
+            raise ValueError(f"quorum: got {self.quorum}; want at least 1, for no answer has no mean")
         self._open(self.ranks)
 
     @property
@@ -63,7 +66,7 @@ class Round(ABC):
     def _rule(self) -> Rule: ...
 
     @abstractmethod
-    def _take(self, term: Array, size: int) -> None:
+    def _take(self, client: int, term: Array) -> None:
         """Keep what this round needs of a checked term."""
 
     @abstractmethod
@@ -99,13 +102,22 @@ class Round(ABC):
         return {client: self._rule.send(self.state, self.ranks[client]) for client in sorted(self._waiting)}
 
     def receive(self, client: int, term: Array, round: int, pass_: int) -> None:
-        """Add one client's answer. A ProtocolError is also counted in ``refused``, and changes nothing else."""
+        """Add one client's answer.
+
+        A ProtocolError is also counted in ``refused``, and leaves the sum as it was. After a bad answer
+        its client is not waited for, and after a stale one it is: the answer to this pass may still come.
+        """
+        task = self.state.task
+        if (round, pass_) != (task.round, task.pass_):
+            reason = f"the answer is for round {round}, pass {pass_}; want round {task.round}, pass {task.pass_}"
+            self.refused.append((client, reason))
+            raise ProtocolError(reason)
         try:
-            self._check(client, term, round, pass_)
+            self._check(client, term)
         except ProtocolError as error:
             self.refuse(client, str(error))
             raise
-        self._take(term, self._rule.layout(self.state.task).size)
+        self._take(client, term)
         self._waiting.discard(client)
         self._answered.append(client)
 
@@ -123,17 +135,12 @@ class Round(ABC):
         self._waiting.clear()
         self._finish()
 
-    def _check(self, client: int, term: Array, round: int, pass_: int) -> None:
-        task = self.state.task
-        if (round, pass_) != (task.round, task.pass_):
-            raise ProtocolError(
-                f"the answer is for round {round}, pass {pass_}; want round {task.round}, pass {task.pass_}"
-            )
+    def _check(self, client: int, term: Array) -> None:
         if client in self._answered:
             raise ProtocolError("answered twice: the first answer counts")
         if client not in self._waiting:
             raise ProtocolError("was not asked, or is no longer waited for")
-        size = self._rule.layout(task).size
+        size = self._rule.layout(self.state.task).size
         if term.shape != (size + 1 + STATISTICS,):
             raise ProtocolError(f"the update has shape {term.shape}; want ({size + 1 + STATISTICS},)")
         self.channel.check(term, size, self.largest_weight)
@@ -167,7 +174,7 @@ class SumRound(Round):
         return self.rule
 
     @override
-    def _take(self, term: Array, size: int) -> None:
+    def _take(self, client: int, term: Array) -> None:
         self._sum.add(term)
 
     @override
@@ -203,10 +210,13 @@ class SumRound(Round):
 
 @dataclass(slots=True)
 class ListRound(Round):
-    """A round that keeps each client's encoding, for a ``ListRule``: memory grows with the cohort."""
+    """A round that keeps each client's encoding, for a ``ListRule``: memory grows with the cohort.
+
+    The rule gets the encodings in ascending order of clients, so the order of arrival changes nothing.
+    """
 
     rule: ListRule = field(kw_only=True)
-    _terms: list[Array] = field(init=False, default_factory=list)
+    _terms: dict[int, Array] = field(init=False, default_factory=dict)
 
     @property
     @override
@@ -214,8 +224,8 @@ class ListRound(Round):
         return self.rule
 
     @override
-    def _take(self, term: Array, size: int) -> None:
-        self._terms.append(term)
+    def _take(self, client: int, term: Array) -> None:
+        self._terms[client] = term
 
     @override
     def _finish(self) -> None:
@@ -227,7 +237,7 @@ class ListRound(Round):
             raise RuntimeError(f"the round is still open: {len(self._waiting)} clients have not answered")
         self._need_quorum()
         layout = self.rule.layout(self.state.task)
-        each = [self.channel.down(term, layout.size) for term in self._terms]
+        each = [self.channel.down(term, layout.size) for _, term in sorted(self._terms.items())]
         encodings = [(layout.unflatten(mean), weight) for mean, weight, _ in each]
         statistics = sum((s for _, _, s in each), Metrics().vector())
         return self._outcome(self.rule.decode(encodings, self.state), sum(w for _, w, _ in each), statistics)

@@ -15,7 +15,8 @@ class Selection:
 
     over: the share asked on top, so that a round can close once the wanted number has answered;
     quorum: the share of the wanted number without whose answers the round fails; deadline: seconds
-    after which a pass closes with what it has.
+    after which a pass closes with what it has. A fraction is rounded to the nearest whole client,
+    the shares are rounded up.
     """
 
     fraction: float = 1.0
@@ -41,10 +42,15 @@ class Selection:
 
     def least(self, clients: int) -> int:
         """How many answers a round can't do without."""
-        return max(1, ceil(self.quorum * self.wanted(clients)))
+        return max(1, _up(self.quorum * self.wanted(clients)))
 
     def choose(self, clients: Sequence[int], seed: int, round: int) -> tuple[int, ...]:
         """The cohort of a round, ascending: it depends on the clients' numbers, the seed and the round alone."""
-        asked = min(len(clients), ceil(self.wanted(len(clients)) * (1 + self.over)))
+        asked = min(len(clients), _up(self.wanted(len(clients)) * (1 + self.over)))
         rng = np.random.default_rng(derive(seed, "select", round))
         return tuple(sorted(int(x) for x in rng.choice(sorted(clients), size=asked, replace=False)))
+
+
+def _up(x: float) -> int:
+    """x rounded up, where 10 · (1 + 0.1) is 11 and not the 12 that its last bit would make of it."""
+    return ceil(x - 1e-9)

@@ -9,6 +9,7 @@ covariance ``scale · Σ p (b − mean b)(a − mean a)``.
 """
 
 from dataclasses import dataclass
+
 from typing_extensions import override
 
 from fedpeft.adapters import Layout, Spec, Tensors, Update
@@ -26,6 +27,12 @@ class FactorMean(MeanRule):
     cycle: tuple[str, ...] = ("ab",)
     personalised: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.cycle or not set(self.cycle) <= {"a", "b", "ab"}:
+            raise ValueError(f"cycle: got {self.cycle}; want one or more of 'a', 'b', 'ab'")
+        if self.personalised and len(self.cycle) != 1:
+            raise ValueError(f"cycle: got {self.cycle}; want one entry where the other factor stays on the client")
+
     def sent(self, task: Task) -> str:
         """The factors that are averaged in this round."""
         return self.cycle[task.round % len(self.cycle)]
@@ -38,11 +45,13 @@ class FactorMean(MeanRule):
     def personal(self, spec: Spec) -> frozenset[str]:
         if not self.personalised:
             return frozenset()
-        return self._untouched(spec) | {name for name, _ in spec.dense}
+        return self.constant(spec)
 
     @override
     def constant(self, spec: Spec) -> frozenset[str]:
-        return self._untouched(spec)
+        changing = "".join(self.cycle)
+        factors = {f"{layer.name}/{part}" for layer in spec.layers for part in "ab" if part not in changing}
+        return frozenset(factors | {name for name, _ in spec.dense if self.personalised})
 
     @override
     def layout(self, task: Task) -> Layout:
@@ -57,8 +66,3 @@ class FactorMean(MeanRule):
     @override
     def decode(self, mean: Tensors, state: ServerState) -> ServerState:
         return state.next(state.adapter.moved(mean))
-
-    def _untouched(self, spec: Spec) -> frozenset[str]:
-        return frozenset(
-            f"{x.name}/{p}" for x in spec.layers for p in "ab" if not any(p in sent for sent in self.cycle)
-        )

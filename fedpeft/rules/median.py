@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing_extensions import override
 
 import numpy as np
+from typing_extensions import override
 
 from fedpeft.adapters import Layout, Tensors, Update
 from fedpeft.rules.base import ListRule, ServerState, Task

@@ -7,11 +7,16 @@ On LoRA factors all of these have been seen to lose accuracy; the default is ``A
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing_extensions import override
 
 import numpy as np
+from typing_extensions import override
 
 from fedpeft.adapters import Array, Tensors
+
+
+def _refuse(key: str, got: float, good: bool, want: str) -> None:
+    if not good:
+        raise ValueError(f"{key}: got {got}; want {want}")
 
 
 class ServerOptimiser(ABC):
@@ -28,6 +33,9 @@ class Averaging(ServerOptimiser):
 
     lr: float = 1.0
 
+    def __post_init__(self) -> None:
+        _refuse("lr", self.lr, self.lr > 0, "more than 0")
+
     @override
     def step(self, mean: Tensors, moments: Tensors) -> tuple[dict[str, Array], dict[str, Array]]:
         return {n: self.lr * x for n, x in mean.items()}, dict(moments)
@@ -39,6 +47,10 @@ class Momentum(ServerOptimiser):
 
     lr: float = 1.0
     beta: float = 0.9
+
+    def __post_init__(self) -> None:
+        _refuse("lr", self.lr, self.lr > 0, "more than 0")
+        _refuse("beta", self.beta, 0 <= self.beta < 1, "at least 0 and less than 1")
 
     @override
     def step(self, mean: Tensors, moments: Tensors) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -53,6 +65,11 @@ class Adaptive(ServerOptimiser):
     lr: float = 0.01
     beta1: float = 0.9
     tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _refuse("lr", self.lr, self.lr > 0, "more than 0")
+        _refuse("beta1", self.beta1, 0 <= self.beta1 < 1, "at least 0 and less than 1")
+        _refuse("tau", self.tau, self.tau > 0, "more than 0")
 
     @abstractmethod
     def second(self, v: Array, square: Array) -> Array:
@@ -87,6 +104,10 @@ class Adam(Adaptive):
 
     beta2: float = 0.99
 
+    def __post_init__(self) -> None:
+        Adaptive.__post_init__(self)
+        _refuse("beta2", self.beta2, 0 <= self.beta2 < 1, "at least 0 and less than 1")
+
     @override
     def second(self, v: Array, square: Array) -> Array:
         return self.beta2 * v + (1 - self.beta2) * square
@@ -97,6 +118,10 @@ class Yogi(Adaptive):
     """``v ← v − (1−beta2)·mean²·sign(v − mean²)``."""
 
     beta2: float = 0.99
+
+    def __post_init__(self) -> None:
+        Adaptive.__post_init__(self)
+        _refuse("beta2", self.beta2, 0 <= self.beta2 < 1, "at least 0 and less than 1")
 
     @override
     def second(self, v: Array, square: Array) -> Array:

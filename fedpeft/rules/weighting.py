@@ -3,7 +3,13 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import sqrt
+
 from typing_extensions import override
+
+
+def _check_cap(cap: int) -> None:
+    if cap < 1:
+        raise ValueError(f"cap: got {cap}; want at least 1")
 
 
 class Weighting(ABC):
@@ -25,6 +31,9 @@ class Examples(Weighting):
 
     cap: int = 100_000
 
+    def __post_init__(self) -> None:
+        _check_cap(self.cap)
+
     @property
     @override
     def largest(self) -> float:
@@ -40,6 +49,9 @@ class SquareRoot(Weighting):
     """The square root of the number of examples, at most ``√cap``: between uniform and by examples."""
 
     cap: int = 100_000
+
+    def __post_init__(self) -> None:
+        _check_cap(self.cap)
 
     @property
     @override

@@ -1,0 +1,207 @@
+"""The command line."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import tomli_w
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedpeft import __version__
+from fedpeft.errors import ConfigError, DataError, ProtocolError
+from fedpeft.terminal import Terminal, headline, size
+from fedpeft.training.environment import prepare
+
+app = typer.Typer(
+    help="Fine-tune transformer models across clients that keep their data: only adapter changes travel.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+
+Change = Annotated[
+    list[str],
+    typer.Option("-c", metavar="KEY=VALUE", help="Change one key, such as training.lr=0.01; may be repeated."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Start over in a folder that holds an earlier run.")]
+
+
+class Format(StrEnum):
+    """What `fedpeft export` writes."""
+
+    peft = "peft"
+    merged = "merged"
+
+
+def main() -> None:
+    """The entry point: a user's mistake is one message on stderr and exit code 2, never a traceback."""
+    prepare()
+    try:
+        app()
+    except (ConfigError, DataError, ProtocolError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; `fedpeft resume RUN` goes on from the last checkpoint")
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    change: Change = [],  # noqa: B006  # typer reads it, nobody writes it
+    folder: Annotated[Path, typer.Option(help="Where the run is kept.")] = Path("runs/demo"),
+) -> None:
+    """Fine-tune MiniLM on Wikipedia topics across 20 clients, and write a report. Takes a few minutes.
+
+    The experiment is printed first: it is a good one to copy and change.
+    """
+    source = Path(str(files("fedpeft").joinpath("demo.toml")))
+    console.print(source.read_text(encoding="utf8"), style="dim", highlight=False)
+    _run(source, change, folder, force=True)
+
+
+@app.command()
+def run(
+    experiment: Annotated[Path, typer.Argument(help="The experiment, a TOML file.")],
+    change: Change = [],  # noqa: B006
+    folder: Annotated[Path | None, typer.Option(help="Where the run is kept; runs/NAME if not given.")] = None,
+    force: Force = False,
+) -> None:
+    """Simulate the experiment on this machine: one process, one resident base model.
+
+    The run's folder gets report.html, metrics.jsonl, config.lock.toml, checkpoints/ and adapter/.
+    """
+    _run(experiment, change, folder, force)
+
+
+@app.command()
+def check(
+    experiment: Annotated[Path, typer.Argument(help="The experiment, a TOML file.")],
+    change: Change = [],  # noqa: B006
+) -> None:
+    """Say what a run would do, and refuse what cannot run: settings, bytes per client and round, memory."""
+    from fedpeft import config
+    from fedpeft.run import forecast
+
+    found = config.read(experiment, change)
+    console.print(tomli_w.dumps(found.settings), highlight=False, markup=False)
+    ahead = forecast(found)
+    share = ahead.parameters / ahead.base_parameters
+    table = Table(show_header=False, box=None)
+    for what, value in (
+        ("clients", f"{ahead.clients}, {ahead.cohort} in each round, {ahead.least} answers at least"),
+        ("rows", f"{ahead.rows} to train on; {ahead.smallest} to {ahead.largest} a client"),
+        (
+            "trained numbers",
+            f"{ahead.parameters:,} of {ahead.base_parameters:,} ({share:.2%})",
+        ),
+        ("up", f"{size(ahead.bytes_up)} a client and round"),
+        ("down", f"{size(ahead.bytes_down)} a client and round, and {size(ahead.bytes_once)} once"),
+        ("memory", f"about {size(ahead.memory)} at the peak, of this machine's {size(ahead.available)}"),
+    ):
+        table.add_row(f"[bold]{what}[/]", value)
+    console.print(table, highlight=False)
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(help="The folder of a run that was cut off.")]) -> None:
+    """Go on from the last checkpoint: the result is the same, bit for bit, as without the break."""
+    from fedpeft.run import simulate, stored
+
+    with _terminal() as view:
+        _finish(simulate(stored(folder), folder, view))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("comparison"),
+) -> None:
+    """Runs side by side: a table here, figures in a page. Runs that differ in nothing but the seed are pooled."""
+    from fedpeft.report import compare as side_by_side
+    from fedpeft.report import table, write_comparison
+
+    found = side_by_side(runs)
+    console.print(table(found))
+    console.print(f"figures: {write_comparison(found, out)}")
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="The sweep, a TOML file beside its base experiment.")],
+    folder: Annotated[Path | None, typer.Option(help="Where the runs are kept; runs/NAME if not given.")] = None,
+    large: Annotated[bool, typer.Option("--large", help="Apply the sweep's [large] settings.")] = False,
+) -> None:
+    """Run every case, grid point and seed of a sweep that has not been run yet, and compare them."""
+    from fedpeft import config
+    from fedpeft import sweep as sweeps
+
+    found = sweeps.read(file)
+    where = folder or Path("runs") / (found.name + ("-large" if large else ""))
+    with _terminal() as view:
+        done = sweeps.run_all(found, config.load(file.parent / found.base), where, view, large)
+    compare([path for paths in done.values() for path in paths], where / "comparison")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    to: Annotated[Format, typer.Option(help="peft: an adapter folder; merged: a model folder with the adapter in it.")],
+    out: Annotated[Path | None, typer.Option(help="Where it goes; RUN/adapter or RUN/merged if not given.")] = None,
+) -> None:
+    """Write the run's adapter for others: stock peft or plain transformers loads it."""
+    from fedpeft.run import export_run
+
+    console.print(f"written: {export_run(folder, to.value, out)}")
+
+
+@app.command()
+def doctor(
+    assets: Annotated[bool, typer.Option("--assets", help="Only which models and data sets are here.")] = False,
+) -> None:
+    """What this machine can do: cores, memory, device, measured rates, models and data sets that are here."""
+    from fedpeft.data import assets as data_sets
+    from fedpeft.training.environment import facts, models
+
+    found = {**models(), **data_sets()} if assets else {**facts(), **models(), **data_sets()}
+    table = Table(show_header=False, box=None)
+    for what, value in found.items():
+        table.add_row(f"[bold]{what}[/]", str(value))
+    console.print(table, highlight=False)
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Fine-tune transformer models across clients that keep their data: only adapter changes travel."""
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+def _run(experiment: Path, change: list[str], folder: Path | None, force: bool) -> None:
+    from fedpeft import config
+    from fedpeft.run import simulate
+
+    found = config.read(experiment, change)
+    with _terminal() as view:
+        _finish(simulate(found, folder or Path("runs") / found.name, view, force=force, fresh=True))
+
+
+def _finish(folder: Path) -> None:
+    console.print(headline(folder))
+    console.print(f"report:  {os.path.relpath(folder / 'report.html')}\nadapter: {os.path.relpath(folder / 'adapter')}")
+
+
+@contextmanager
+def _terminal() -> Iterator[Terminal]:
+    with Terminal(console) as view:
+        yield view

@@ -1,0 +1,165 @@
+"""What clients answer, as Flower records.
+
+``unpack_…`` raises ProtocolError, and nothing else, for what the other side can't have meant. A
+term carries its round and pass, and nothing else of the client but its vector.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+from flwr.app import RecordDict
+
+from fedpeft.adapters import Adapter, Array
+from fedpeft.errors import ProtocolError
+from fedpeft.flower import facts as read
+from fedpeft.flower.packing import Json, Parcel, Tensor, pack, unpack
+from fedpeft.flower.requests import Part, parts_of
+from fedpeft.rounds import Metrics
+
+Cause: TypeAlias = Literal["refused", "base", "constants", "failed"]
+_CAUSES: tuple[Cause, ...] = get_args(Cause)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many examples a client has of each part."""
+
+    train: int
+    validation: int = 0
+    test: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Capabilities:
+    """What a node says of itself.
+
+    client: its number; base: its fingerprint; central: whether it holds the central test set; holds:
+    digests of constants that it has; start: the adapter before any training, if it was asked for.
+    """
+
+    client: int
+    base: str
+    counts: Counts
+    central: bool = False
+    holds: tuple[str, ...] = ()
+    start: Adapter | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """One client's answer to a request to train: its vector, fp32, and what round and pass it is for."""
+
+    round: int
+    pass_: int
+    vector: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An answer that says why there is none.
+
+    cause: "base" for another base model, "constants" if these must be sent in full, "refused" for a
+    message that the client can't accept, "failed" for what went wrong on its side.
+    """
+
+    cause: Cause
+    reason: str
+
+
+def pack_capabilities(node: Capabilities) -> RecordDict:
+    """The answer to a query; the start adapter goes in full, with its fixed tensors."""
+    facts: dict[str, Json] = {
+        "client": node.client,
+        "base": node.base,
+        "train": node.counts.train,
+        "validation": node.counts.validation,
+        "test": node.counts.test,
+        "central": node.central,
+        "holds": list(node.holds),
+        "start": None if node.start is None else read.describe(node.start.spec),
+    }
+    tensors: dict[str, Tensor] = {}
+    if node.start is not None:
+        tensors |= {f"adapter/{n}": x for n, x in node.start.tensors().items()}
+        tensors |= {f"fixed/{n}": x for n, x in node.start.fixed.items()}
+    return pack(Parcel("capabilities", facts, tensors))
+
+
+def unpack_capabilities(content: RecordDict) -> Capabilities:
+    """The inverse of ``pack_capabilities``."""
+    parcel = unpack(content, "capabilities")
+    facts, tensors = parcel.facts, dict(parcel.tensors)
+    read.only(facts, ("client", "base", "train", "validation", "test", "central", "holds", "start"))
+    start = None
+    if facts.get("start") is not None:
+        fixed = read.take_all(tensors, "fixed/")
+        mine = read.take_all(tensors, "adapter/")
+        start = read.adapter_of(read.spec_of(facts, "start"), mine, fixed)
+        read.none_left(mine)
+    read.none_left(tensors)
+    counts = Counts(read.whole(facts, "train"), read.whole(facts, "validation"), read.whole(facts, "test"))
+    return Capabilities(
+        read.whole(facts, "client"),
+        read.text(facts, "base"),
+        counts,
+        read.claim(facts, "central"),
+        read.texts(facts, "holds"),
+        start,
+    )
+
+
+def pack_term(term: Term) -> RecordDict:
+    """The answer to a request to train."""
+    return pack(Parcel("term", {"round": term.round, "pass": term.pass_}, {"term": term.vector}))
+
+
+def unpack_term(content: RecordDict) -> Term:
+    """The inverse of ``pack_term``; whether the vector may be added is for the round to check."""
+    parcel = unpack(content, "term")
+    read.only(parcel.facts, ("round", "pass"))
+    vector = parcel.tensors.get("term")
+    if len(parcel.tensors) != 1 or vector is None or vector.ndim != 1 or vector.dtype != np.float32:
+        found = {n: f"{x.dtype} {x.shape}" for n, x in list(parcel.tensors.items())[:3]}
+        raise ProtocolError(f"a term holds {found}; want one fp32 vector, 'term'")
+    return Term(read.whole(parcel.facts, "round"), read.whole(parcel.facts, "pass"), vector)
+
+
+def pack_metrics(metrics: Mapping[Part, Metrics]) -> RecordDict:
+    """The answer to a request to evaluate."""
+    rows = np.array([x.vector() for x in metrics.values()], np.float64).reshape(-1, 4)
+    return pack(Parcel("metrics", {"parts": list(metrics)}, {"metrics": rows}))
+
+
+def unpack_metrics(content: RecordDict) -> dict[Part, Metrics]:
+    """The inverse of ``pack_metrics``: finite sums, no count negative, no more right than predicted."""
+    parcel = unpack(content, "metrics")
+    read.only(parcel.facts, ("parts",))
+    parts = parts_of(read.texts(parcel.facts, "parts"), "evaluate")
+    tensors = dict(parcel.tensors)
+    rows = read.take(tensors, "metrics", (len(parts), 4))
+    read.none_left(tensors)
+    if not np.isfinite(rows).all():
+        raise ProtocolError("an evaluation holds NaN or infinity")
+    answers: dict[Part, Metrics] = {part: Metrics.of(row) for part, row in zip(parts, rows, strict=True)}
+    for part, x in answers.items():
+        if min(x.units, x.correct, x.examples) < 0 or x.correct > x.units:
+            raise ProtocolError(f"the evaluation on {part} has impossible counts: {x}")
+    return answers
+
+
+def pack_refusal(refusal: Refusal) -> RecordDict:
+    """An answer that says why there is none."""
+    return pack(Parcel("error", {"cause": refusal.cause, "reason": refusal.reason[:500]}, {}))
+
+
+def unpack_refusal(content: RecordDict) -> Refusal:
+    """The inverse of ``pack_refusal``; the reason is cut at 500 characters."""
+    parcel = unpack(content, "error")
+    read.only(parcel.facts, ("cause", "reason"))
+    read.none_left(parcel.tensors)
+    for cause in _CAUSES:
+        if cause == read.text(parcel.facts, "cause"):
+            return Refusal(cause, read.text(parcel.facts, "reason")[:500])
+    raise ProtocolError(f"the cause is {str(parcel.facts['cause'])[:40]!r}; want one of {', '.join(_CAUSES)}")

@@ -1,0 +1,117 @@
+"""Flower's apps, made of our own parts: what ``flwr run``, a SuperNode and the in-process grid call.
+
+Nothing here imports torch: that is left to ``build``, when a message has come.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import TypeAlias
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedpeft.errors import ConfigError
+from fedpeft.flower.answers import pack_refusal
+from fedpeft.flower.inprocess import InProcessGrid, NodeConfig
+from fedpeft.flower.requests import settings_of
+from fedpeft.flower.serve import Participant, refusal_of, serve
+
+Build: TypeAlias = Callable[[str, NodeConfig], Participant]
+CLIENT_KEYS = ("partition-id",)
+
+
+def client_app(build: Build) -> ClientApp:
+    """A ClientApp whose node serves the client that its config's ``partition-id`` names.
+
+    build: makes a participant from a message's settings (JSON) and the node's config, without its
+    ``partition-id`` unless the node has ``data`` of its own. It is called once for each settings in a process, so the base model stays loaded.
+    It must be importable by name, because Flower's simulation runtime pickles the app.
+    """
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        return _answer(build, message, context)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _answer(build, message, context)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _answer(build, message, context)
+
+    return app
+
+
+def server_app(main: Callable[[Grid, Mapping[str, bool | int | float | str]], None]) -> ServerApp:
+    """A ServerApp that runs ``main`` with its grid and its run config."""
+    app = ServerApp()
+
+    @app.main()
+    def run(grid: Grid, context: Context) -> None:
+        main(grid, context.run_config)
+
+    return app
+
+
+def in_process(build: Build, clients: int, config: NodeConfig | None = None) -> InProcessGrid:
+    """A grid of clients 0 to ``clients`` - 1 in this process, served by the same code as deployed ones.
+
+    config: what all nodes have in their configs beside their number.
+    """
+
+    def handle(messages: Sequence[Message], nodes: Mapping[int, NodeConfig]) -> Iterator[Message]:
+        return answer(build, messages, nodes)
+
+    nodes = [{**(config or {}), "partition-id": i, "num-partitions": clients} for i in range(clients)]
+    return InProcessGrid(handle, nodes)
+
+
+def answer(build: Build, messages: Sequence[Message], nodes: Mapping[int, NodeConfig]) -> Iterator[Message]:
+    """Replies to messages to nodes of these configs, in order; one participant serves all that share settings."""
+    start = 0
+    while start < len(messages):
+        try:
+            settings = settings_of(messages[start].content)
+            stop = start + 1
+            while stop < len(messages) and _same_settings(messages[stop], messages[start], settings):
+                stop += 1
+            participant = _participant(build, settings, _shared(nodes[messages[start].metadata.dst_node_id]))
+        except Exception as error:
+            yield Message(pack_refusal(refusal_of(error)), reply_to=messages[start])
+            start += 1
+            continue
+        yield from serve(participant, lambda m: client_of(nodes[m.metadata.dst_node_id]), messages[start:stop])
+        start = stop
+
+
+def client_of(config: NodeConfig) -> int:
+    """The client that a node's config names. Raises ConfigError if it names none."""
+    client = config.get("partition-id")
+    if type(client) is not int or client < 0:
+        raise ConfigError(
+            f"node-config: partition-id is {client!r}; want the client's number, 0 or more: "
+            f"start the SuperNode with --node-config 'partition-id=0'"
+        )
+    return client
+
+
+def _answer(build: Build, message: Message, context: Context) -> Message:
+    """Not a closure, so that it is pickled by name and this module's cache lives in the process that runs it."""
+    return next(answer(build, [message], {message.metadata.dst_node_id: context.node_config}))
+
+
+def _shared(config: NodeConfig) -> tuple[tuple[str, bool | int | float | str], ...]:
+    """What a participant depends on: not the client's number, unless the node has data of its own."""
+    return tuple(sorted((k, v) for k, v in config.items() if k not in CLIENT_KEYS or "data" in config))
+
+
+def _same_settings(message: Message, first: Message, settings: str) -> bool:
+    return message.content is first.content or settings_of(message.content) == settings
+
+
+@lru_cache(maxsize=2)
+def _participant(build: Build, settings: str, config: tuple[tuple[str, bool | int | float | str], ...]) -> Participant:
+    return build(settings, dict(config))

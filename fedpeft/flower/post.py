@@ -1,0 +1,150 @@
+"""Messages under way to nodes: pushed, polled for, matched with their clients, counted.
+
+Replies are matched by the message that they reply to and never by who sends them, because Flower's
+own error replies for lost nodes come from node 1.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedpeft.errors import ProtocolError
+from fedpeft.flower.answers import Refusal, unpack_refusal
+from fedpeft.flower.packing import glance, payload_bytes
+
+_FIRST_WAIT, _LONGEST_WAIT, _GROWTH = 0.02, 1.0, 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What a phase cost on the wire.
+
+    bytes_down, bytes_up: packed records, to and from clients; timeline: (client, sent, answered) in
+    seconds since the phase began; strays: replies to messages that this phase did not send.
+    """
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    timeline: tuple[tuple[int, float, float], ...] = ()
+    strays: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Letter:
+    """What goes to one client. client: its number, or its node's where that is not known yet.
+
+    digest: of the constants that it refers to; in_full: writes the same letter with the constants in
+    full, for a node that turns out not to hold them; None where they are in it.
+    """
+
+    client: int
+    node: int
+    content: RecordDict
+    digest: str = ""
+    in_full: Callable[[], RecordDict] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reply:
+    """What came back. is_current: it is the first answer to a letter of this pass."""
+
+    letter: Letter
+    content: RecordDict | Refusal
+    is_current: bool
+
+
+@dataclass(slots=True)
+class Post:
+    """Carries the letters of one phase: any number of passes, of one kind of message.
+
+    clock: seconds that only grow; sleep: waits so many seconds.
+    """
+
+    grid: Grid
+    kind: str
+    group: str
+    clock: Callable[[], float]
+    sleep: Callable[[float], None]
+    _began: float = field(init=False)
+    _waiting: dict[str, Letter] = field(default_factory=dict, init=False)
+    _earlier: dict[str, Letter] = field(default_factory=dict, init=False)
+    _sent: dict[str, float] = field(default_factory=dict, init=False)
+    _timeline: list[tuple[int, float, float]] = field(default_factory=list, init=False)
+    _down: int = field(default=0, init=False)
+    _up: int = field(default=0, init=False)
+    _strays: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._began = self.clock()
+
+    @property
+    def traffic(self) -> Traffic:
+        """The cost so far; the timeline in ascending order of answers."""
+        return Traffic(self._down, self._up, tuple(self._timeline), self._strays)
+
+    def push(self, letters: Iterable[Letter], seconds: float) -> tuple[int, ...]:
+        """Send letters that are good for so many seconds; those whose node would not take them are given back."""
+        batch = list(letters)
+        messages = [Message(x.content, x.node, self.kind, ttl=max(seconds, 0.001), group_id=self.group) for x in batch]
+        # A list: a generator pushes nothing through Flower's deployed grid.
+        accepted = set(self.grid.push_messages(messages)) if messages else set()
+        now = self.clock() - self._began
+        unsent: list[int] = []
+        for letter, message in zip(batch, messages, strict=True):
+            name = message.metadata.message_id
+            if name not in accepted:
+                unsent.append(letter.client)
+                continue
+            self._down += payload_bytes(letter.content)
+            self._waiting[name] = letter
+            self._sent[name] = now
+        return tuple(unsent)
+
+    def replies(self, seconds: float, is_settled: Callable[[], bool]) -> Iterator[Reply]:
+        """Replies as they come, until nothing is waited for, all is settled, or so many seconds have passed."""
+        until = self.clock() + seconds
+        wait = _FIRST_WAIT
+        while self._waiting and not is_settled() and self.clock() < until:
+            count = 0
+            for message in self.grid.pull_messages(list(self._waiting)):
+                count += 1
+                reply = self._match(message)
+                if reply is not None and not self._sent_again(reply, until - self.clock()):
+                    yield reply
+                if is_settled():
+                    break
+            wait = _FIRST_WAIT if count else min(wait * _GROWTH, _LONGEST_WAIT)
+            if not count:
+                self.sleep(max(0.0, min(wait, until - self.clock())))
+        self._earlier |= self._waiting
+        self._waiting.clear()
+
+    def _match(self, message: Message) -> Reply | None:
+        name = message.metadata.reply_to_message_id
+        if name in self._waiting:
+            letter = self._earlier[name] = self._waiting.pop(name)
+            self._timeline.append((letter.client, self._sent[name], self.clock() - self._began))
+            return Reply(letter, self._open(message), True)
+        if name in self._earlier:
+            return Reply(self._earlier[name], self._open(message), False)
+        self._strays += 1
+        return None
+
+    def _sent_again(self, reply: Reply, seconds: float) -> bool:
+        """Whether the node asked for constants that it was thought to hold, and gets them now."""
+        letter, content = reply.letter, reply.content
+        if letter.in_full is None or not isinstance(content, Refusal) or content.cause != "constants":
+            return False
+        return not self.push([replace(letter, content=letter.in_full(), in_full=None)], seconds)
+
+    def _open(self, message: Message) -> RecordDict | Refusal:
+        if not message.has_content():
+            error = message.error
+            return Refusal("failed", f"Flower's error {error.code}: {error.reason or 'no reason given'}"[:500])
+        try:
+            self._up += payload_bytes(message.content)
+            return unpack_refusal(message.content) if glance(message.content)[0] == "error" else message.content
+        except ProtocolError as error:
+            return Refusal("refused", str(error))

@@ -1,0 +1,31 @@
+"""What a run leaves behind: its folder, checkpoints and records, a report to read, and runs compared."""
+
+from fedpeft.report.checkpoint import Checkpoint, Checkpoints, settled
+from fedpeft.report.compare import Comparison, compare
+from fedpeft.report.folder import RunFolder
+from fedpeft.report.history import History, history
+from fedpeft.report.page import write_report
+from fedpeft.report.records import BaselineRecord, ClientData, FinalRecord, Json, RoundRecord, RunRecord, Score, Scores
+from fedpeft.report.side_by_side import table, write_comparison
+
+__all__ = [
+    "BaselineRecord",
+    "Checkpoint",
+    "Checkpoints",
+    "ClientData",
+    "Comparison",
+    "FinalRecord",
+    "History",
+    "Json",
+    "RoundRecord",
+    "RunFolder",
+    "RunRecord",
+    "Score",
+    "Scores",
+    "compare",
+    "history",
+    "settled",
+    "table",
+    "write_comparison",
+    "write_report",
+]

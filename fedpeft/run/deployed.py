@@ -1,0 +1,40 @@
+"""A run on Flower's own runtimes: the same coordinator, whatever carries the messages."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from fedpeft.config import Experiment, read
+from fedpeft.errors import ConfigError
+from fedpeft.flower import Grid
+from fedpeft.report import write_report
+from fedpeft.run.coordinate import Coordinator
+from fedpeft.run.node import Scalar, workshop
+from fedpeft.run.simulate import finish, opened, record
+from fedpeft.run.view import Lines
+
+
+def serve_run(grid: Grid, run_config: Mapping[str, Scalar]) -> None:
+    """Run the experiment that the run config names, over this grid, into a run folder.
+
+    run_config: "experiment", a TOML file; "changes", "key=value" pairs separated by ";"; "folder", where
+    the run is kept (runs/NAME if not given). A folder with a run in it goes on from its last checkpoint.
+    """
+    changes = [x.strip() for x in str(run_config.get("changes", "")).split(";") if x.strip()]
+    found = read(Path(str(run_config["experiment"])), changes)
+    path = Path(str(run_config.get("folder") or Path("runs") / found.name))
+    folder, found = opened(found, path, fresh=False, force=False)
+    with folder.held():
+        here = None if found.fleet.own_data else workshop(found.settings_json)
+        record(folder, found, here)
+        Coordinator(found, folder, Lines()).run(grid, _clients(found) if here is None else here.federation.clients)
+        if here is not None and find_spec("torch") is not None:
+            finish(folder, here)
+        else:
+            write_report(path)
+
+
+def _clients(found: Experiment) -> int:
+    if found.fleet.nodes is None:
+        raise ConfigError("fleet.nodes: is missing; want the number of nodes, each with data of its own")
+    return found.fleet.nodes

@@ -1,0 +1,68 @@
+"""What a run would take, before it starts."""
+
+from dataclasses import dataclass
+
+from fedpeft.config import Experiment
+from fedpeft.rules import ServerState, Task
+from fedpeft.run.node import workshop
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """clients, cohort, least: of a round; rows: to train on, of all, the smallest and the largest client;
+    parameters: trained, and the base's; bytes: of one client and round up and down, and once; memory: of
+    the process at its peak, and the machine's that is free, in bytes.
+    """
+
+    clients: int
+    cohort: int
+    least: int
+    rows: int
+    smallest: int
+    largest: int
+    parameters: int
+    base_parameters: int
+    bytes_up: int
+    bytes_down: int
+    bytes_once: int
+    memory: int
+    available: int
+    rounds_bytes: int
+
+
+def forecast(found: Experiment) -> Forecast:
+    """The forecast of a simulated run. Raises ConfigError or DataError for what can't run."""
+    from fedpeft.training.environment import memory
+    from fedpeft.training.memory import estimate
+
+    here = workshop(found.settings_json)
+    trainer = here.trainer
+    start = trainer.start()
+    task = Task(start.spec)
+    state = ServerState(task, start)
+    up = 4 * (found.rule.layout(task).size + 5)
+    constant = found.rule.constant(start.spec)
+    sent = found.rule.send(state, 1 << 30).adapter.tensors()
+    down = sum(x.nbytes for n, x in sent.items() if n not in constant)
+    once = sum(x.nbytes for n, x in sent.items() if n in constant) + sum(x.nbytes for x in start.fixed.values())
+    sizes = [x.train for x in here.federation.sizes()]
+    clients = here.federation.clients
+    base = sum(x.numel() for x in trainer.frozen.model.parameters())
+    trained = sum(x.size for x in start.tensors().values())
+    cohort = found.selection.wanted(clients)
+    return Forecast(
+        clients=clients,
+        cohort=cohort,
+        least=found.selection.least(clients),
+        rows=sum(sizes),
+        smallest=min(sizes),
+        largest=max(sizes),
+        parameters=trained,
+        base_parameters=base - trained,
+        bytes_up=up * found.rule.passes,
+        bytes_down=down,
+        bytes_once=once,
+        memory=estimate(trainer.frozen.model.config, base, start.spec, found.training),
+        available=memory()["available"],
+        rounds_bytes=found.rounds * cohort * (up + down),
+    )

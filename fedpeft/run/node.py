@@ -1,0 +1,97 @@
+"""The client's half of an experiment, built from its settings: what a node runs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedpeft.config import Experiment, experiment
+from fedpeft.data import Federation, federate, load, own
+from fedpeft.errors import ConfigError, ProtocolError
+from fedpeft.flower import ClientStore, Counts, Participant
+from fedpeft.rounds import derive
+from fedpeft.training.environment import cache_folder
+
+if TYPE_CHECKING:
+    from fedpeft.training.loop import TorchTrainer
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """An experiment's data and trainer in this process; the base model is loaded when first asked for, and once."""
+
+    found: Experiment
+    federation: Federation
+
+    @cached_property
+    def trainer(self) -> "TorchTrainer":
+        """What trains this process's clients."""
+        from fedpeft.training.loop import TorchTrainer
+
+        found = self.found
+        return TorchTrainer.load(
+            found.model, found.adapter, found.training, self.federation, derive(found.seed, "start")
+        )
+
+    def counts(self, client: int) -> Counts:
+        """How many rows a client has of each part. Raises ProtocolError for one that is not here."""
+        federation = self.federation
+        if not 0 <= client - federation.first < federation.clients:
+            raise ProtocolError(
+                f"node: client {client} is none of this data's {federation.clients}; "
+                f"start as many nodes as there are clients, or change partition.clients"
+            )
+        return Counts(*federation.sizes()[client - federation.first])
+
+
+@lru_cache(maxsize=1)
+def workshop(settings_json: str, data: str | None = None, client: int = 0) -> Workshop:
+    """The workshop for these settings; one is kept, so that a node's messages and a run's baselines share a base.
+
+    data: a data set of this node's own, held by ``client``. Raises ConfigError, DataError.
+    """
+    found = experiment(json.loads(settings_json))
+    if data is not None:
+        return Workshop(found, own(load(replace(found.data, name=data)), found.split, found.seed, client))
+    if found.fleet.own_data:
+        raise ConfigError('data: fleet.own_data is set, and this node\'s config has no data; want data = "FILE" in it')
+    federation = federate(load(found.data), found.partition, found.split, found.seed, found.data.examples)
+    missing = federation.missing_classes()
+    if missing:
+        raise ConfigError(
+            f"data: no client trains on {len(missing)} of the classes: {', '.join(missing[:5])}; "
+            f"use more rows (data.examples), another seed, or rows without these classes"
+        )
+    return Workshop(found, federation)
+
+
+def participant(settings_json: str, node_config: Mapping[str, Scalar]) -> Participant:
+    """What serves the coordinator's messages on this node.
+
+    node_config: "partition-id", the client's number; "data", a data set of its own; "state", a folder for
+    what the client keeps between messages (in the cache folder, by run, if not given).
+    """
+    data = node_config.get("data")
+    number = int(node_config.get("partition-id", 0))
+    here = workshop(settings_json, None if data is None else str(data), 0 if data is None else number)
+    found = here.found
+    return Participant(
+        trainer=here.trainer,
+        rule=found.rule,
+        channel=found.channel,
+        weighting=found.weighting,
+        seed=found.seed,
+        store=ClientStore(_state(found, node_config)),
+        examples=here.counts,
+        holds_central=found.evaluation.central and len(here.federation.central) > 0,
+    )
+
+
+def _state(found: Experiment, node_config: Mapping[str, Scalar]) -> Path | None:
+    if "state" in node_config:
+        return Path(str(node_config["state"]))
+    return cache_folder() / "state" / found.run if found.run else None

@@ -1,0 +1,123 @@
+"""A run on this machine, from its experiment to a folder with a report and an adapter."""
+
+import shlex
+import sys
+import time
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import tomli_w
+
+from fedpeft import __version__
+from fedpeft.config import Experiment, experiment
+from fedpeft.errors import ConfigError, DataError
+from fedpeft.flower import in_process
+from fedpeft.report import ClientData, RunFolder, RunRecord, history, write_report
+from fedpeft.run.baselines import measure
+from fedpeft.run.coordinate import Coordinator
+from fedpeft.run.node import Workshop, participant, workshop
+from fedpeft.run.view import View
+
+_PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "safetensors")
+
+
+def simulate(found: Experiment, path: Path, view: View, force: bool = False, fresh: bool = False) -> Path:
+    """Run the experiment with all its clients in this process, into the folder ``path``, which is returned.
+
+    A run that is there already goes on from its last checkpoint, and one that is done stays as it is;
+    with ``fresh`` a folder that holds a run is refused, or emptied if ``force`` is set.
+    """
+    folder, found = opened(found, path, fresh, force)
+    with folder.held():
+        here = workshop(found.settings_json)
+        record(folder, found, here)
+        clients = here.federation.clients
+        grid = in_process(participant, clients, {"state": str(path / "clients")})
+        start = Coordinator(found, folder, view).run(grid, clients)
+        done = frozenset(history(path).baselines)
+        for baseline in measure(found, here, start, view, done):
+            folder.append(baseline)
+        finish(folder, here)
+    return path
+
+
+def opened(found: Experiment, path: Path, fresh: bool, force: bool) -> tuple[RunFolder, Experiment]:
+    """The run in a folder, or a new one, and its experiment. Raises ConfigError for a run with other settings."""
+    if fresh or not (path / "config.lock.toml").is_file():
+        found = experiment({**found.settings, "run": token_hex(8)})
+        return RunFolder.create(path, tomli_w.dumps({**found.settings, "versions": versions()}), force), found
+    there = stored(path)
+    if {**there.settings, "run": ""} != {**found.settings, "run": ""}:
+        raise ConfigError(f"{path}: holds a run with other settings; name another folder, or use --force")
+    return RunFolder.open(path), there
+
+
+def versions() -> dict[str, str]:
+    """Of Python, fedpeft and what its numbers depend on, as far as installed."""
+    out = {"python": sys.version.split()[0], "fedpeft": __version__}
+    for name in _PACKAGES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def stored(path: Path) -> Experiment:
+    """The experiment of a run, from its lock file. Raises DataError, ConfigError naming the file."""
+    text = RunFolder.open(path).lock_text
+    try:
+        settings: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise DataError(f"{path / 'config.lock.toml'}: damaged: {error}; restore it, or start the run anew") from error
+    settings.pop("versions", None)
+    return experiment(settings)
+
+
+def record(folder: RunFolder, found: Experiment, here: Workshop | None) -> None:
+    """What was run, written once; without ``here`` the clients' data is theirs to know."""
+    if history(folder.path).run.settings:
+        return
+    clients: dict[int, ClientData] = {}
+    if here is not None:
+        for row in here.federation.summary()["clients"]:
+            labels = dict(zip(here.federation.table.classes, row["labels"], strict=False))
+            clients[row["client"]] = ClientData(row["train"], labels)
+    task = found.data.task if here is None else here.federation.table.task
+    command = shlex.join(["fedpeft", *sys.argv[1:]])
+    folder.append(
+        RunRecord(
+            name=found.name,
+            settings=found.settings,
+            versions=versions(),
+            clients=clients,
+            task=task,
+            command=command,
+            started=time.time(),
+        )
+    )
+
+
+def finish(folder: RunFolder, here: Workshop) -> None:
+    """The adapter in Hugging Face's peft format, and the report."""
+    from fedpeft.training.export import export_peft
+
+    bridge = here.trainer.bridge
+    bridge.write(folder.checkpoints.load().state.adapter)
+    export_peft(bridge, folder.path / "adapter")
+    write_report(folder.path)
+
+
+def export_run(path: Path, to: str, out: Path | None) -> Path:
+    """Write the adapter of a run as "peft" or "merged" into ``out`` (the run's own folder if not given)."""
+    from fedpeft.training import export
+
+    folder = RunFolder.open(path)
+    bridge = workshop(stored(path).settings_json).trainer.bridge
+    bridge.write(folder.checkpoints.load().state.adapter)
+    target = out or path / {"peft": "adapter", "merged": "merged"}[to]
+    {"peft": export.export_peft, "merged": export.export_merged}[to](bridge, target)
+    return target

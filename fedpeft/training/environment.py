@@ -1,0 +1,111 @@
+"""The process's surroundings: threads, allocator and cache folder, set before torch is imported, and facts on them."""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+_MIB = 1 << 20
+# glibc's parameter numbers (malloc.h): keep freed memory, and take large blocks from the heap, so that each
+# step's activations reuse the last step's pages instead of faulting in fresh ones.
+_ALLOCATOR = (
+    ("MALLOC_TRIM_THRESHOLD_", -1, 1024 * _MIB),
+    ("MALLOC_TOP_PAD_", -2, 64 * _MIB),
+    ("MALLOC_MMAP_THRESHOLD_", -3, 1024 * _MIB),
+)
+_LARGEST_THRESHOLD = 32 * _MIB  # older glibc refuses a larger mmap threshold
+_VARIABLES = (
+    ("OMP_WAIT_POLICY", "PASSIVE"),  # spinning threads cost more than anything else when processes share cores
+    ("TOKENIZERS_PARALLELISM", "false"),
+    ("FLWR_TELEMETRY_ENABLED", "0"),
+    ("FLWR_DISABLE_UPDATE_CHECK", "1"),
+    ("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1"),
+)
+
+
+def prepare(threads: int | None = None) -> bool:
+    """Apply the thread, allocator and telemetry settings to this process and the ones that it starts.
+
+    Call it first thing in an entry point. Variables that the user has set are left as they are. True if
+    all of it takes effect; False if torch was imported already, so that its threads may still spin.
+    """
+    in_time = "torch" not in sys.modules or os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    for name, value in _VARIABLES:
+        os.environ.setdefault(name, value)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
+    _allocate()
+    return in_time
+
+
+def _allocate() -> None:
+    """glibc reads its variables when a process starts: set them for children, and mallopt for this one."""
+    for name, number, value in _ALLOCATOR:
+        if name in os.environ:
+            continue
+        if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+            mallopt = ctypes.CDLL(None).mallopt
+            if not mallopt(number, value) and mallopt(number, _LARGEST_THRESHOLD):
+                value = _LARGEST_THRESHOLD
+        os.environ[name] = str(value)
+
+
+def cache_folder() -> Path:
+    """Where converted models and digests are kept: $FEDPEFT_CACHE, or ~/.cache/fedpeft."""
+    return Path(os.environ.get("FEDPEFT_CACHE") or Path.home() / ".cache" / "fedpeft")
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, or None if it isn't installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cores() -> int:
+    """The number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def facts() -> dict[str, object]:
+    """What this machine has and can do, for ``fedpeft doctor``: JSON-able; memory in bytes, rates in GFLOP/s.
+
+    Takes a second or two where torch is installed: it imports it and measures matrix products.
+    """
+    found: dict[str, object] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": cores(),
+        "memory": memory(),
+        "versions": {n: version(n) for n in ("fedpeft", "torch", "transformers", "peft", "flwr", "numpy")},
+        "cache": str(cache_folder()),
+        "environment": {n: os.environ.get(n) for n in [n for n, _ in _VARIABLES] + [n for n, _, _ in _ALLOCATOR]},
+    }
+    if version("torch") is not None:
+        from fedpeft.training.devices import measure
+
+        found |= measure()
+    return found
+
+
+def models() -> dict[str, str]:
+    """For each packaged model, "ready", or what to do to get it."""
+    from fedpeft.training.packaged import presence
+
+    return presence()
+
+
+def memory() -> dict[str, int]:
+    """The machine's "total" and "available" memory in bytes; the total for both where the system says no more."""
+    try:
+        lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+        kilobytes = {line[0].rstrip(":"): int(line[1]) for line in lines}
+        return {"total": kilobytes["MemTotal"] * 1024, "available": kilobytes["MemAvailable"] * 1024}
+    except OSError:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return {"total": total, "available": total}

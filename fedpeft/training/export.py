@@ -1,0 +1,139 @@
+"""A trained adapter as files that plain transformers and peft load: peft's format, or a merged model."""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel, PrefixTuningConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedpeft.errors import ConfigError
+from fedpeft.training.bridge import Bridge
+from fedpeft.training.methods import TaskName
+from fedpeft.training.refusals import MERGES
+
+_CLASSES = {
+    "classify": "AutoModelForSequenceClassification",
+    "lm": "AutoModelForCausalLM",
+    "image": "AutoModelForImageClassification",
+}
+_ERRORS = (ValueError, NotImplementedError, AttributeError, RuntimeError, TypeError)
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+
+
+def export_peft(bridge: Bridge, folder: Path, origin: str | None = None) -> None:
+    """Write the adapter, a new head with it, in Hugging Face peft format, with a README that says how to load it.
+
+    origin: what the base is loaded from by whoever loads the adapter; without it, what it was loaded
+    from here. Beside adapter_model.safetensors and adapter_config.json there is labels.json, the
+    classes' names in order, where the task has classes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = bridge.model.peft_config["default"]
+    before = config.base_model_name_or_path
+    config.base_model_name_or_path = origin or before
+    try:
+        # No embedding is ever resized here, so none need be saved; peft would ask the hub to be sure.
+        bridge.model.save_pretrained(str(folder), save_embedding_layers=False)
+    finally:
+        config.base_model_name_or_path = before
+    labels = _labels(bridge)
+    if labels:
+        (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_readme(bridge, origin or before or "BASE", labels), encoding="utf-8")
+
+
+def export_merged(bridge: Bridge, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> float:
+    """Write base and adapter as one plain transformers folder, load it again, and return how far its logits are off.
+
+    The bridge's model isn't changed: merging works on a copy, so it takes the model's memory twice.
+    Raises ConfigError where the method's update is no change of weights, or the loaded model's logits
+    differ by more than 1e-4 (5e-2 below fp32) of their largest from the adapter's.
+    """
+    name = bridge.method.name
+    if name in MERGES:
+        raise ConfigError(f"adapter.method: {name} can't be merged: {MERGES[name]}; export to peft instead")
+    probe = _probe(bridge.task, bridge.model)
+    twin = copy.deepcopy(bridge.model).eval()
+    want = _logits(twin, probe)
+    _untie(twin)
+    try:
+        merged: PreTrainedModel = twin.merge_and_unload()
+    except _ERRORS as error:
+        raise ConfigError(f"adapter.method: {name} can't be merged here: {error}; export to peft instead") from error
+    _tie(merged)
+    folder.mkdir(parents=True, exist_ok=True)
+    merged.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    kind, dtype, device = type(merged), merged.dtype, merged.device
+    del merged, twin
+    again = kind.from_pretrained(str(folder), dtype=dtype).to(device).eval()
+    off = float((_logits(again, probe) - want).abs().max() / want.abs().max().clamp(min=1e-6))
+    if not off <= _TOLERANCE.get(dtype, 5e-2):
+        raise ConfigError(
+            f"adapter.method: the merged model's logits are off by {off:.1e} of their largest; "
+            f"want at most {_TOLERANCE.get(dtype, 5e-2):.0e}: export to peft instead"
+        )
+    return off
+
+
+def _labels(bridge: Bridge) -> list[str]:
+    """The classes' names, in order; none for a language model."""
+    return [] if bridge.task == "lm" else [str(x) for _, x in sorted(bridge.model.config.id2label.items())]
+
+
+def _readme(bridge: Bridge, origin: str, labels: list[str]) -> str:
+    kind = _CLASSES[bridge.task]
+    more = ", num_labels=len(labels), id2label=dict(enumerate(labels))" if labels else ""
+    read = 'labels = json.load(open("labels.json"))\n' if labels else ""
+    front = {"base_model": origin, "library_name": "peft", "tags": ["fedpeft", bridge.method.name]}
+    return (
+        "---\n"
+        + "".join(f"{k}: {json.dumps(v)}\n" for k, v in front.items())
+        + f"---\n\n# A {bridge.method.method} adapter of {origin}\n\nTrained with fedpeft. To load it:\n\n```python\n"
+        + ("import json\n" if labels else "")
+        + f"from peft import PeftModel\nfrom transformers import {kind}\n\n{read}"
+        + f"base = {kind}.from_pretrained({json.dumps(origin)}{more})\n"
+        + 'model = PeftModel.from_pretrained(base, ".").eval()\n```\n'
+    )
+
+
+def _probe(task: TaskName, model: PeftModel) -> dict[str, Tensor]:
+    """A small batch, the same each time, to compare two models on."""
+    draw = torch.Generator().manual_seed(0)
+    config = model.config
+    if task == "image":
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        pixels = torch.randn(2, config.num_channels, size, size, generator=draw)
+        return {"pixel_values": pixels.to(model.device, model.dtype)}
+    tokens = torch.randint(3, config.vocab_size, (2, 11), generator=draw).to(model.device)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits: Tensor = model(**batch).logits
+    return logits.float().cpu()
+
+
+def _untie(model: PeftModel) -> None:
+    """Give an output layer its own weights, so that merging an update into it leaves the embedding alone, and vice versa."""
+    out = model.get_output_embeddings()
+    inner = out.get_base_layer() if isinstance(out, BaseTunerLayer) else out
+    if isinstance(inner, nn.Linear):
+        inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Tie the output layer to the embedding again if they are still equal, else say in the config that they aren't."""
+    out, into = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and isinstance(out, nn.Linear):
+        if torch.equal(out.weight, into.weight):
+            model.tie_weights()
+        else:
+            model.config.tie_word_embeddings = False

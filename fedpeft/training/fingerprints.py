@@ -1,0 +1,78 @@
+"""What tells one base model from another."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedpeft.training.environment import cache_folder
+
+# What changes a model's answers and is not seen in its weights.
+_SETTINGS = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rope_parameters",
+    "layer_norm_eps",
+    "rms_norm_eps",
+)
+
+
+def fingerprint(model: PreTrainedModel, fresh: Sequence[str], files: Sequence[Path]) -> str:
+    """SHA-256, in hex, of a model's names, shapes, dtypes and bytes, all but a fresh head's.
+
+    The digest of these files is kept in the cache folder, so that the next start does not read every byte
+    again; a file of another size or modification time makes it be taken anew. A cache that can't be written is
+    not an error. The tokenizer is not in it.
+    """
+    key = _digest([type(model).__name__, transformers.__version__, *fresh, *(_stamp(x) for x in files)])
+    kept = cache_folder() / "digests" / key
+    if kept.is_file() and len(text := kept.read_text()) == 64:
+        return text
+    text = _of_weights(model, frozenset(fresh))
+    _keep(kept, text)
+    return text
+
+
+def _of_weights(model: PreTrainedModel, fresh: frozenset[str]) -> str:
+    config = model.config.to_dict()
+    digest = hashlib.sha256(json.dumps({k: config.get(k) for k in _SETTINGS}, sort_keys=True).encode())
+    for name, x in sorted(_tensors(model)):
+        if name not in fresh:
+            digest.update(f"{name} {tuple(x.shape)} {x.dtype};".encode())
+            digest.update(x.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _tensors(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """Parameters, tied ones once, and the buffers that are saved with them."""
+    parameters = dict(model.named_parameters())
+    everything = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {n: x for n, x in model.state_dict().items() if n not in everything}
+    return [*parameters.items(), *buffers.items()]
+
+
+def _stamp(file: Path) -> str:
+    found = file.stat()
+    return f"{file.resolve()} {found.st_size} {found.st_mtime_ns}"
+
+
+def _digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _keep(file: Path, text: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as scratch:
+            scratch.write(text)
+        os.replace(scratch.name, file)
+    except OSError:
+        return

@@ -1,0 +1,81 @@
+"""The [model], [adapter] and [training] sections of an experiment file, as values that need no torch."""
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Literal
+
+from fedpeft.training.methods import Method
+
+__all__ = ["Method", "Model", "Training"]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Which frozen base model is fine-tuned.
+
+    name: a packaged model (minilm, smollm2, dinov2-small), a tiny random one (tiny-bert, tiny-llama,
+    tiny-vit), a Hugging Face folder or a hub id; revision: of a hub id; dropout: whether the base's
+    own dropout is on in training. It is off by default: on a frozen base it adds noise to short local
+    training and slows it, and adapter methods have a dropout of their own.
+    """
+
+    name: str = "minilm"
+    revision: str | None = None
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError("name: got ''; want a model's short name, a folder or a hub id")
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How one client trains in one round; the optimiser starts afresh each time.
+
+    lr: learning rate, constant; batch: rows a forward pass; accumulate: forward passes an optimiser step;
+    epochs: passes over the client's rows, or, where it is set, steps: optimiser steps, over as many
+    epochs as they take; clip: largest l2 norm of a step's gradient over all trained tensors (unset: no
+    clipping); momentum: of sgd; prox: FedProx's μ; length: most tokens of a row; image_size: side in
+    pixels that images are resized to (unset: the model's own); checkpointing: recompute activations in
+    the backward pass, which saves memory and takes about a third longer; device: "auto" (cuda, else mps,
+    else cpu) or a torch device; precision: of the base's arithmetic (see ``devices``), while adapters and
+    optimiser stay in fp32; threads: of this process (unset: torch's choice).
+    """
+
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    batch: int = 16
+    epochs: int = 1
+    steps: int | None = None
+    accumulate: int = 1
+    clip: float | None = 1.0
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    prox: float = 0.0
+    length: int = 128
+    image_size: int | None = None
+    checkpointing: bool = False
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for key, good, want in (
+            ("optimiser", self.optimiser in ("adamw", "sgd"), "adamw or sgd"),
+            ("lr", isfinite(self.lr) and self.lr > 0, "more than 0"),
+            ("batch", self.batch >= 1, "at least 1 row"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("steps", self.steps is None or self.steps >= 1, "at least 1, or leave it out to train by epochs"),
+            ("accumulate", self.accumulate >= 1, "at least 1 batch"),
+            ("clip", self.clip is None or self.clip > 0, "more than 0, or leave it out"),
+            ("weight_decay", isfinite(self.weight_decay) and self.weight_decay >= 0, "0 or more"),
+            ("momentum", 0 <= self.momentum < 1, "at least 0 and less than 1"),
+            ("momentum", self.momentum == 0 or self.optimiser == "sgd", "0 with adamw, which has its own"),
+            ("prox", isfinite(self.prox) and self.prox >= 0, "0 or more"),
+            ("length", self.length >= 2, "at least 2 tokens"),
+            ("image_size", self.image_size is None or self.image_size >= 1, "at least 1 pixel, or leave it out"),
+            ("precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16"),
+            ("threads", self.threads is None or self.threads >= 1, "at least 1, or leave it out"),
+        ):
+            if not good:
+                raise ValueError(f"{key}: got {getattr(self, key)}; want {want}")

@@ -1,0 +1,279 @@
+"""The laws of architecture.md, each one test over every rule."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedpeft.adapters import Adapter, LowRank, Update, same
+from fedpeft.channel import PlainChannel, Running
+from fedpeft.rounds import contribute
+from fedpeft.rules import ListRule, MeanRule, Median, Rule, ServerState
+from tests.laws.cohorts import (
+    FACTOR_RULES,
+    FEDIT,
+    MEAN_RULES,
+    RULES,
+    Client,
+    TwoPasses,
+    assert_near,
+    cohort,
+    metrics,
+    play,
+    start,
+    train,
+    weights,
+)
+
+# Terms travel as fp32 (unit 6e-8, relative); the numbers here stay below 10 and are rounded at most twice.
+WIRE = 2e-6
+
+each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+each_mean_rule = pytest.mark.parametrize("rule", MEAN_RULES.values(), ids=MEAN_RULES)
+each_factor_rule = pytest.mark.parametrize("rule", FACTOR_RULES.values(), ids=FACTOR_RULES)
+each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+each_round = pytest.mark.parametrize("round", [0, 1])
+
+
+def in_each_pass(rule: Rule, state: ServerState, clients: dict[int, Client]) -> list[ServerState]:
+    """The state as the server holds it in each pass of a round with these clients."""
+    states = [state]
+    while len(states) < rule.passes:
+        assert isinstance(rule, MeanRule)
+        state = states[-1]
+        shared = rule.between(mean_of(rule, state, clients), state)
+        states.append(replace(state, task=replace(state.task, pass_=state.task.pass_ + 1, shared=shared)))
+    return states
+
+
+def mean_of(rule: MeanRule, state: ServerState, clients: dict[int, Client]) -> dict[str, np.ndarray]:
+    encodings = [(rule.encode(update, state.task), weight) for update, weight in clients.values()]
+    total = sum(weight for _, weight in encodings)
+    return {n: sum(w * x[n] for x, w in encodings) / total for n, _ in rule.layout(state.task).shapes}
+
+
+@each_rule
+@each_round
+@each_dtype
+def test_the_layout_does_not_depend_on_the_client(rule, round, dtype):
+    state = start(dtype=dtype, round=round)
+    clients = cohort(rule, state, ranks=(1, 2, 3))
+    for step in in_each_pass(rule, state, clients):
+        layout = rule.layout(step.task)
+        for client, (update, weight) in clients.items():
+            encoding = rule.encode(update, step.task)
+            assert {n: x.shape for n, x in encoding.items()} == dict(layout.shapes)
+            term = contribute(rule, PlainChannel(), update, weight, metrics(client), step.task)
+            assert term.shape == (layout.size + 1 + 4,)
+            assert term.dtype == np.float32
+
+
+@each_mean_rule
+@given(
+    order=st.permutations(range(5)),
+    merges=st.lists(st.integers(0, 99), min_size=4, max_size=4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+def test_any_order_and_any_tree_of_sums_gives_the_same_state(rule, order, merges, seed):
+    state = start()
+    clients = cohort(rule, state, ranks=(3, 1, 2, 3, 3), seed=seed)
+    want = play(rule, state, clients).state
+    for step in range(rule.passes):
+        layout = rule.layout(state.task)
+        forest = [Running(layout.size + 5) for _ in order]
+        for tree, i in zip(forest, order, strict=True):
+            update, weight = clients[10 + i]
+            tree.add(contribute(rule, PlainChannel(), update, weight, metrics(10 + i), state.task))
+        for choice in merges:
+            i = choice % (len(forest) - 1)
+            forest[i].merge(forest.pop(i + 1))
+        [root] = forest
+        assert root.count == 5
+        mean, weight, statistics = PlainChannel().down(root.total, layout.size)
+        assert weight == sum(w for _, w in clients.values())
+        np.testing.assert_array_equal(statistics, sum(metrics(c).vector() for c in clients))
+        if step + 1 < rule.passes:
+            shared = rule.between(layout.unflatten(mean), state)
+            state = replace(state, task=replace(state.task, pass_=step + 1, shared=shared))
+    got = rule.decode(layout.unflatten(mean), state)
+    assert_near(weights(got.adapter), weights(want.adapter), atol=1e-12)  # fp64 sums of 5 terms below 1e3
+
+
+@each_rule
+@each_round
+@each_dtype
+def test_no_change_encodes_to_zero_and_leaves_the_state(rule, round, dtype):
+    state = start(dtype=dtype, round=round)
+    clients = {i: (Update(x, x), float(i)) for i in (1, 2, 3) for x in [rule.send(state, i).adapter]}
+    for step in in_each_pass(rule, state, clients):
+        for update, _ in clients.values():
+            assert not any(x.any() for x in rule.encode(update, step.task).values())
+    after = play(rule, state, clients).state
+    assert after.task.round == round + 1
+    assert (after.task.pass_, after.task.shared) == (0, {})
+    if isinstance(rule, TwoPasses):  # which factors the product anew, in fp64
+        assert_near(weights(after.adapter), weights(state.adapter), atol=1e-12 if dtype == np.float64 else 2e-6)
+    else:
+        assert same(after.adapter, state.adapter)
+
+
+@each_rule
+@each_round
+@each_dtype
+def test_one_client_gets_its_own_update_back(rule, round, dtype):
+    state = start(dtype=dtype, round=round)
+    clients = cohort(rule, state, ranks=(3,))
+    [(update, _)] = clients.values()
+    after = play(rule, state, clients).state
+    mine = update.trained.tensors()
+    got = after.adapter.put({n: mine[n] for n in rule.personal(state.task.spec)})
+    assert_near(weights(got), weights(update.trained), atol=5 * WIRE)  # ΔW: up to 3 products of numbers near 3
+
+
+@each_rule
+def test_identical_clients_count_as_one(rule):
+    state = start()
+    [client] = cohort(rule, state, ranks=(3,)).values()
+    one = play(rule, state, {1: client}).state
+    many = play(rule, state, {i: (client[0], float(1 + 3 * i)) for i in range(1, 7)}).state
+    assert_near(weights(many.adapter), weights(one.adapter), atol=5 * WIRE)
+
+
+@each_rule
+def test_which_client_did_what_changes_nothing(rule):
+    state = start()
+    clients = cohort(rule, state, ranks=(3, 1, 2, 3))
+    shuffled = dict(zip(clients, [clients[i] for i in (12, 10, 13, 11)], strict=True))
+    got, want = play(rule, state, shuffled).state, play(rule, state, clients).state
+    assert_near(weights(got.adapter), weights(want.adapter), atol=1e-12)
+
+
+@each_rule
+@each_dtype
+def test_constants_never_change_and_all_else_does(rule, dtype):
+    first = state = start(dtype=dtype)
+    for seed in (1, 2):
+        state = play(rule, state, cohort(rule, state, seed=seed)).state
+    before, after = first.adapter.tensors(), state.adapter.tensors()
+    unchanged = {n for n, x in before.items() if np.array_equal(x, after[n])}
+    assert unchanged == rule.constant(first.task.spec)
+    assert set(after) == set(before)
+    np.testing.assert_array_equal(state.adapter.fixed["projection"], first.adapter.fixed["projection"])
+
+
+@each_rule
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_an_adapter_keeps_its_dtypes(rule, dtype):
+    state = start(dtype=dtype)
+    after = play(rule, state, cohort(rule, state)).state.adapter
+    layers = () if isinstance(rule, TwoPasses) else [x for p in "ab" for x in after.tensors(p).values()]
+    assert all(x.dtype == dtype for x in (*layers, *after.dense.values()))
+
+
+@pytest.mark.parametrize("rule", [*FACTOR_RULES.values(), Median()], ids=[*FACTOR_RULES, "median"])
+def test_clients_of_lower_rank_leave_the_other_directions_alone(rule):
+    state = start()
+    after = play(rule, state, cohort(rule, state, ranks=(1, 2, 1))).state.adapter.layers["q"]
+    before = state.adapter.layers["q"]
+    np.testing.assert_array_equal(after.a[2:], before.a[2:])
+    np.testing.assert_array_equal(after.b[:, 2:], before.b[:, 2:])
+
+
+@each_factor_rule
+@each_round
+def test_what_is_trained_is_either_sent_or_kept(rule, round):
+    state = start(round=round)
+    spec = state.task.spec
+    sent, kept = {n for n, _ in rule.layout(state.task).shapes}, rule.personal(spec)
+    assert not sent & kept
+    assert sent | kept == set(state.adapter.tensors(rule.trains(state.task)))
+
+
+def test_only_a_personalised_rule_keeps_anything_on_the_client():
+    spec = start().task.spec
+    kept = {name: rule.personal(spec) for name, rule in RULES.items()}
+    assert kept.pop("fedsa") == {"q/b", "v/b", "head", "bias", "gate"}
+    assert set(kept.values()) == {frozenset()}
+
+
+@each_rule
+def test_a_client_of_some_rank_receives_that_many_directions_and_the_tail(rule):
+    tail = {"q": LowRank(np.ones((4, 5)), np.ones((7, 4)), 1.0)}
+    state = replace(start(), tail=tail)
+    sent = rule.send(state, 2)
+    assert sent.task is state.task
+    assert sent.tail is tail
+    assert [x.rank for x in sent.adapter.layers.values()] == [2, 2]
+    assert [x.rank for x in rule.send(state, 1).adapter.layers.values()] == [1, 1]
+
+
+@each_rule
+def test_what_else_the_server_keeps_is_handed_on(rule):
+    state = replace(
+        start(),
+        tail={"q": LowRank(np.ones((4, 5)), np.ones((7, 4)), 1.0)},
+        memory={"basis": np.ones(2)},
+        moments={"v/q/a": np.ones(3)},
+    )
+    after = play(rule, state, cohort(rule, state)).state
+    assert after.tail is state.tail
+    assert after.memory is state.memory
+    assert after.moments == state.moments
+    assert after.task.spec is state.task.spec
+
+
+@each_rule
+def test_passes_and_parts_are_what_the_rule_says(rule):
+    assert rule.passes == (2 if isinstance(rule, TwoPasses) else 1)
+    if isinstance(rule, TwoPasses | ListRule):
+        assert rule.trains(start().task) == "ab"
+        assert rule.constant(start().task.spec) == frozenset()
+
+
+def test_nothing_comes_between_in_a_rule_of_one_pass():
+    with pytest.raises(ValueError, match="FactorMean has one pass; nothing comes between"):
+        FEDIT.between({}, start())
+
+
+def test_a_two_pass_rule_gives_the_best_rank_of_the_mean_product():
+    state = start()
+    rule = TwoPasses(width=7)  # as wide as the taller layer, so that no client's change is out of reach
+    clients = cohort(rule, state, ranks=(1, 2, 3))
+    after = play(rule, state, clients).state.adapter
+    total = sum(w for _, w in clients.values())
+    for name, d, k, rank, scale in (("q", 7, 5, 3, 2.0), ("v", 4, 9, 2, 0.5)):
+        want = (
+            weights(state.adapter)[name]
+            + sum(w * (weights(u.trained)[name] - weights(u.received)[name]) for u, w in clients.values()) / total
+        )
+        assert want.shape == (d, k)
+        u, s, vt = np.linalg.svd(want)
+        np.testing.assert_allclose(after.layers[name].product(), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=5 * WIRE)
+        assert after.layers[name].scale == scale
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({}, r"it has layers \[\]; want \['q', 'v'\]"),
+        ({"q": 7, "v": 4, "k": 3}, r"it has layers \['k', 'q', 'v'\]; want \['q', 'v'\]"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(layers, message):
+    state = start()
+    other = Adapter({n: LowRank(np.ones((1, 5)), np.ones((d, 1)), 2.0) for n, d in layers.items()})
+    with pytest.raises(ValueError, match=message):
+        FEDIT.encode(Update(other, other), state.task)
+
+
+@pytest.mark.parametrize("side", ["received", "trained"])
+def test_factors_of_another_scale_are_refused(side):
+    state = start()
+    update = train(FEDIT, FEDIT.send(state, 3), np.random.default_rng(0))
+    wrong = getattr(update, side)
+    wrong = replace(wrong, layers={n: replace(x, scale=7.0) for n, x in wrong.layers.items()})
+    with pytest.raises(ValueError, match=r"q: factors have scale .*; want the server's 2.0"):
+        FEDIT.encode(replace(update, **{side: wrong}), state.task)
