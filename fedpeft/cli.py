@@ -48,7 +48,7 @@ def main() -> None:
     try:
         app()
     except (ConfigError, DataError, ProtocolError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        Console(stderr=True).print("error:", str(error), style="bold red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; `fedpeft resume RUN` goes on from the last checkpoint")
@@ -65,7 +65,7 @@ def demo(
     The experiment is printed first: it is a good one to copy and change.
     """
     source = Path(str(files("fedpeft").joinpath("demo.toml")))
-    console.print(source.read_text(encoding="utf8"), style="dim", highlight=False)
+    console.print(source.read_text(encoding="utf8"), style="dim", highlight=False, markup=False)
     _run(source, change, folder, force=True)
 
 

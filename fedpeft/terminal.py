@@ -38,7 +38,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """One line of news."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, rounds: int) -> None:
         """How many rounds are still to come."""

@@ -2,9 +2,9 @@
 
     python tests/mutants.py [part of a path ...]
 
-Each expression and statement of rules/, adapters/ and channel/ is changed in turn: operators and comparisons swapped,
-constants moved, operands, arguments, conditions and statements left out. Docstrings, annotations, decorators and the
-texts of errors are left alone. Prints each survivor; the exit code is the number of survivors.
+Each expression and statement of rules/, adapters/ and channel/ is changed in turn (``mutations.py``): operators and
+comparisons swapped, constants moved, operands, arguments, conditions and statements left out. Prints each survivor;
+the exit code is the number of survivors.
 
 Works on a copy in a temporary folder. A change within a function is tried in a fork of one process that has all tests
 loaded, on just the tests that call that function; what survives, and a change outside functions, is tried once more
@@ -20,8 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
@@ -30,6 +29,7 @@ import hypothesis  # noqa: F401  (loaded once, before the forks)
 import numpy.testing  # noqa: F401
 import pytest
 from _pytest.runner import runtestprotocol
+from mutations import Mutant, mutants
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("adapters", "rules", "channel")
@@ -38,176 +38,11 @@ WORKERS = 2
 BROKEN = 3  # a fork's exit code when it is this script that failed
 SECONDS = 60  # for one mutant; one that hangs is killed
 
-EQUIVALENT: dict[tuple[str, str], str] = {}
-"""(function, change) of changes that make no difference, and why."""
-
-SWAPS: dict[type, tuple[type, ...]] = {
-    ast.Add: (ast.Sub,),
-    ast.Sub: (ast.Add,),
-    ast.Mult: (ast.Div,),
-    ast.Div: (ast.Mult,),
-    ast.Mod: (ast.Mult,),
-    ast.Pow: (ast.Mult,),
-    ast.BitOr: (ast.BitAnd,),
-    ast.Lt: (ast.LtE, ast.Gt),
-    ast.LtE: (ast.Lt, ast.Gt),
-    ast.Gt: (ast.GtE, ast.Lt),
-    ast.GtE: (ast.Gt, ast.Lt),
-    ast.Eq: (ast.NotEq,),
-    ast.NotEq: (ast.Eq,),
-    ast.Is: (ast.IsNot,),
-    ast.IsNot: (ast.Is,),
-    ast.In: (ast.NotIn,),
-    ast.NotIn: (ast.In,),
-    ast.And: (ast.Or,),
-    ast.Or: (ast.And,),
+EQUIVALENT: dict[tuple[str, str], str] = {
+    ("LowRank.rank", "int(self.a.shape[0])  →  self.a.shape[0]"): "a shape holds ints: int() is for the type checker",
+    ("PlainChannel.up", "length > self.clip  →  length >= self.clip"): "at equality the vector is scaled by 1",
 }
-PAIRS = ("a b", "received trained", "d k", "left right", "new old", "m v", "missing extra", "beta1 beta2", "q p", "u vt")
-OTHER = {x: y for pair in PAIRS for x, y in (pair.split(), reversed(pair.split()))}
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """One change: ``edit`` swaps it in and, called again, out of the module's tree."""
-
-    path: Path
-    function: str
-    line: int
-    change: str
-    tree: ast.Module
-    edit: Callable[[], None]
-
-    def code(self) -> CodeType:
-        """The changed module, compiled."""
-        self.edit()
-        try:
-            return compile(ast.fix_missing_locations(self.tree), str(self.path), "exec")
-        finally:
-            self.edit()
-
-
-def instead(node: ast.AST) -> Iterator[ast.AST]:
-    """What to put in place of an expression."""
-    match node:
-        case ast.BinOp(left, op, right):
-            for other in SWAPS.get(type(op), ()):
-                yield ast.BinOp(left, other(), right)
-            if isinstance(op, ast.MatMult):
-                yield ast.BinOp(right, op, left)
-            yield from (left, right)
-        case ast.Compare(left, ops, comparators):
-            for i, op in enumerate(ops):
-                for other in SWAPS[type(op)]:
-                    yield ast.Compare(left, [*ops[:i], other(), *ops[i + 1 :]], comparators)
-        case ast.BoolOp(op, values):
-            yield ast.BoolOp(SWAPS[type(op)][0](), values)
-            yield from (x if len(values) == 2 else ast.BoolOp(op, [v for v in values if v is not x]) for x in values)
-        case ast.UnaryOp(_, operand):
-            yield operand
-        case ast.IfExp(_, body, orelse):
-            yield from (body, orelse)
-        case ast.Constant(bool() as value):
-            yield ast.Constant(not value)
-        case ast.Constant(int() as value):
-            yield from (ast.Constant(value + 1), ast.Constant(value - 1))
-        case ast.Constant(float() as value):
-            yield from (ast.Constant(3 * value if value else 1.0), ast.Constant(value / 3))
-        case ast.Constant(str() as value):
-            yield ast.Constant(value + "X")
-            yield from (ast.Constant(x) for x in [OTHER.get(value), value[1:]] if x)
-        case ast.Attribute(value, name, ctx) if name in OTHER:
-            yield ast.Attribute(value, OTHER[name], ctx)
-        case ast.Name(name, ast.Load()) if name in OTHER:
-            yield ast.Name(OTHER[name], ast.Load())
-        case ast.Slice(lower, upper, None):
-            yield from (x for x in (ast.Slice(upper=upper), ast.Slice(lower)) if lower or upper)
-        case ast.Subscript(value, _, ast.Load()):
-            yield value
-        case ast.comprehension(target, source, ifs) if ifs:
-            yield from (ast.comprehension(target, source, [x for x in ifs if x is not out], 0) for out in ifs)
-        case ast.Call(function, args, keywords):
-            yield from args[:1]
-            if isinstance(function, ast.Attribute) and ast.unparse(function.value) != "np":
-                yield function.value
-            if len(args) > 1:
-                yield ast.Call(function, [args[1], args[0], *args[2:]], keywords)
-                yield ast.Call(function, args[:-1], keywords)
-            yield from (ast.Call(function, args, [k for k in keywords if k is not out]) for out in keywords)
-
-
-def instead_of_statement(node: ast.stmt, in_function: bool) -> Iterator[ast.stmt]:
-    """What to put in place of a statement."""
-    match node:
-        case ast.Return(value) if value is not None:
-            yield ast.Return(ast.Constant(None))
-        case ast.If(_, body, orelse):
-            yield from (ast.If(ast.Constant(value), body, orelse) for value in (True, False))
-        case ast.Assign() | ast.AnnAssign() | ast.AugAssign() | ast.Expr() | ast.Raise() | ast.For() | ast.Return():
-            if in_function:
-                yield ast.Pass()
-
-
-def is_left_alone(node: ast.AST) -> bool:
-    """Docstrings, imports, types and what dataclasses are told of a field."""
-    match node:
-        case ast.Expr(ast.Constant()) | ast.Import() | ast.ImportFrom():
-            return True
-        case ast.AnnAssign(_, ast.Name("TypeAlias")) | ast.Assign([ast.Name("__all__")]):
-            return True
-        case ast.AnnAssign(value=None):
-            return True
-        case ast.keyword("init" | "repr" | "kw_only"):
-            return True
-        case ast.Subscript(ast.Name("dict")):
-            return True
-    return False
-
-
-def mutants(path: Path) -> Iterator[Mutant]:
-    """All changes to one module, top to bottom."""
-    tree = ast.parse(path.read_text())
-
-    def swap(holder: list[ast.AST] | ast.AST, at: int | str, new: ast.AST) -> Callable[[], None]:
-        held = [new]
-
-        def edit() -> None:
-            if isinstance(holder, list):
-                holder[at], held[0] = held[0], holder[at]
-            else:
-                old = getattr(holder, at)
-                setattr(holder, at, held[0])
-                held[0] = old
-
-        return edit
-
-    def visit(holder: list[ast.AST] | ast.AST, at: int | str, name: str, inside: bool, line: int) -> Iterator[Mutant]:
-        node = holder[at] if isinstance(holder, list) else getattr(holder, at)
-        if not isinstance(node, ast.AST) or is_left_alone(node):
-            return
-        line = getattr(node, "lineno", line)
-        news = instead_of_statement(node, inside) if isinstance(node, ast.stmt) else instead(node)
-        for new in news:
-            old_text, new_text = ast.unparse(node), ast.unparse(ast.fix_missing_locations(new))
-            if old_text != new_text:
-                change = f"{old_text}  →  {new_text}" if len(old_text) < 200 else f"{old_text[:90]} …  →  {new_text[:90]} …"
-                yield Mutant(path, name if inside else "", line, change, tree, swap(holder, at, new))
-        if isinstance(node, ast.Raise):
-            return
-        within = isinstance(node, ast.FunctionDef)
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            name = f"{name}.{node.name}".lstrip(".")
-        for field, value in ast.iter_fields(node):
-            if field in ("annotation", "returns", "decorator_list", "bases", "target", "targets"):
-                continue
-            deeper = inside or (within and field == "body")
-            if isinstance(value, list):
-                for i in range(len(value)):
-                    yield from visit(value, i, name, deeper, line)
-            else:
-                yield from visit(node, field, name, deeper, line)
-
-    for i in range(len(tree.body)):
-        yield from visit(tree.body, i, "", False, 0)
+"""(function, change) of changes that make no difference, and why."""
 
 
 def in_forks(tasks: Sequence[Mutant], survives: Callable[[Mutant], bool]) -> list[Mutant]:
@@ -324,12 +159,15 @@ def main(only: Iterable[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
         for room in (*ROOMS, "rounds"):
-            shutil.copytree(ROOT / "fedpeft" / room, copy / "fedpeft" / room, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / "fedpeft" / room, copy / "fedpeft" / room, ignore=shutil.ignore_patterns("__pycache__")
+            )
         for name in ("fedpeft/__init__.py", "fedpeft/errors.py", "pyproject.toml"):
             shutil.copy(ROOT / name, copy / name)
         for part in TESTS:
             shutil.copytree(ROOT / "tests" / part, copy / "tests" / part, ignore=shutil.ignore_patterns("__pycache__"))
         os.chdir(copy)
+        sys.dont_write_bytecode = False  # into the copy, so that forks need not compile everything again
         sys.path.insert(0, str(copy))
         paths = [p for room in ROOMS for p in sorted((copy / "fedpeft" / room).glob("*.py"))]
         found = [m for p in paths if all(part in str(p) for part in only) for m in mutants(p)]

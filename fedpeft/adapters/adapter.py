@@ -74,7 +74,7 @@ class Adapter:
     def tensors(self, parts: str = "ab") -> dict[str, Array]:
         """The factors named by ``parts`` as "layer/a" and "layer/b", then the dense leaves; views, not copies."""
         factors = {f"{n}/{p}": _factor(x, p) for n, x in self.layers.items() for p in parts}
-        return factors | dict(self.dense)
+        return {**factors, **self.dense}
 
     def put(self, tensors: Tensors) -> Self:
         """This adapter with these tensors, named and shaped as in ``tensors()``, in place of its own."""
@@ -116,11 +116,12 @@ class Update:
         Factors of different scales don't add up, so a scale that is not the server's raises ValueError,
         as do layers that are not the server's.
         """
-        if self.trained.layers.keys() != {layer.name for layer in spec.layers}:
-            raise ValueError(
-                f"the adapter is not the server's: it has layers {sorted(self.trained.layers)}; "
-                f"want {sorted(layer.name for layer in spec.layers)}"
-            )
+        wanted = {layer.name for layer in spec.layers}
+        for side in (self.received, self.trained):
+            if side.layers.keys() != wanted:
+                raise ValueError(
+                    f"the adapter is not the server's: it has layers {sorted(side.layers)}; want {sorted(wanted)}"
+                )
         change: dict[str, Array] = {}
         for layer in spec.layers:
             new, old = self.trained.layers[layer.name], self.received.layers[layer.name]
@@ -153,4 +154,4 @@ def same(x: Adapter, y: Adapter) -> bool:
 
 def _everything(x: Adapter) -> dict[str, NDArray[Any]]:
     scales = {f"{n}/scale": np.array(layer.scale) for n, layer in x.layers.items()}
-    return dict(x.tensors()) | {f"fixed/{n}": v for n, v in x.fixed.items()} | scales
+    return x.tensors() | {f"fixed/{n}": v for n, v in x.fixed.items()} | scales

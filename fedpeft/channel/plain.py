@@ -34,7 +34,7 @@ class PlainChannel:
     def up(self, x: Array, weight: float, statistics: Array) -> Array:
         """The term of a client whose encoding is ``x`` (n,), with ``statistics`` (m,): shape (n + 1 + m,), fp32."""
         x = x.astype(np.float64)  # half precision overflows at 65504, which a weight or a square soon reaches
-        length = float(np.linalg.norm(x))
+        length = np.linalg.norm(x)
         if self.clip is not None and length > self.clip:
             x = x * (self.clip / length)
         return np.concatenate([weight * x, [weight], statistics]).astype(np.float32)
@@ -46,7 +46,7 @@ class PlainChannel:
         weight = float(term[size])
         if not 0 < weight <= largest_weight * ROUNDING:
             raise ProtocolError(f"the update has weight {weight:g}; want more than 0 and at most {largest_weight:g}")
-        length = float(np.linalg.norm(term[:size].astype(np.float64))) / weight
+        length = np.linalg.norm(term[:size].astype(np.float64)) / weight
         key, limit = ("largest_norm", self.largest_norm) if self.clip is None else ("clip", self.clip)
         if length > limit * ROUNDING:
             raise ProtocolError(f"the update has norm {length:.7g}; want at most {limit:g} (channel.{key})")

@@ -33,4 +33,4 @@ class Running:
     def _include(self, x: NDArray[Any]) -> None:
         if x.shape != (self.size,):
             raise ValueError(f"a sum of vectors of shape ({self.size},) can't take one of {x.shape}")
-        np.add(self.total, x, out=self.total)
+        self.total += x

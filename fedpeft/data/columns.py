@@ -41,11 +41,11 @@ def table_of(source: Source, columns: Columns) -> Table:
         replies = _texts("reply", source.reply, columns)
         prompts = _texts("prompt", source.prompt, columns, True) if source.prompt else ("",) * len(replies)
         return Table("lm", prompts, replies, (), clients)
-    labels, classes = _labels(source, columns)
     if task == "image":
         images = _column("image", source.image, columns)
-        return Table("image", stack(images, columns, source.image, source.side), labels, classes, clients)
-    return Table("classify", _texts("text", source.text, columns), labels, classes, clients)
+        pixels = stack(images, columns, source.image, source.side)
+        return Table("image", pixels, *_labels(source, columns), clients)
+    return Table("classify", _texts("text", source.text, columns), *_labels(source, columns), clients)
 
 
 def _task(source: Source, columns: Columns) -> Task:

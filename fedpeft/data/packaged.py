@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from os import environ
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,17 @@ def wiki11() -> Table:
 
 
 def chitchat() -> Table:
-    """Small talk, a turn -> the reply, whose writer is the client: 131,569 rows of 1,113 users.
+    """Small talk, a turn -> the reply, whose writer is the client: 131,558 rows of 1,113 users.
 
+    11 replies without any text are left out.
     Source: the package chitchat-dataset (BYU), MIT licence.
     """
     path = _package("chitchat") / "dataset.json"
     turns = [
         (" ".join(x["text"] for x in turn), " ".join(x["text"] for x in reply), reply[0]["sender"])
         for talk in _json("chitchat", path).values()
-        for turn, reply in zip(talk["messages"], talk["messages"][1:], strict=False)
-        if turn and reply and turn[0]["sender"] != reply[0]["sender"]
+        for turn, reply in pairwise(talk["messages"])
+        if turn and reply and turn[0]["sender"] != reply[0]["sender"] and any(x["text"].strip() for x in reply)
     ]
     prompts, replies, users = zip(*turns, strict=True)
     return Table("lm", prompts, replies, (), users)

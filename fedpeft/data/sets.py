@@ -48,7 +48,7 @@ def assets() -> dict[str, str]:
     return found
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _load(source: Source, stamp: tuple[tuple[str, int, int], ...]) -> Table:
     if source.name in _PACKAGED:
         table = _of_classes(_PACKAGED[source.name](), source.classes)

@@ -91,9 +91,9 @@ def unpack_capabilities(content: RecordDict) -> Capabilities:
     """The inverse of ``pack_capabilities``."""
     parcel = unpack(content, "capabilities")
     facts, tensors = parcel.facts, dict(parcel.tensors)
-    read.only(facts, ("client", "base", "train", "validation", "test", "central", "holds", "start"))
+    read.exactly(facts, ("client", "base", "train", "validation", "test", "central", "holds", "start"))
     start = None
-    if facts.get("start") is not None:
+    if facts["start"] is not None:
         fixed = read.take_all(tensors, "fixed/")
         mine = read.take_all(tensors, "adapter/")
         start = read.adapter_of(read.spec_of(facts, "start"), mine, fixed)
@@ -118,7 +118,7 @@ def pack_term(term: Term) -> RecordDict:
 def unpack_term(content: RecordDict) -> Term:
     """The inverse of ``pack_term``; whether the vector may be added is for the round to check."""
     parcel = unpack(content, "term")
-    read.only(parcel.facts, ("round", "pass"))
+    read.exactly(parcel.facts, ("round", "pass"))
     vector = parcel.tensors.get("term")
     if len(parcel.tensors) != 1 or vector is None or vector.ndim != 1 or vector.dtype != np.float32:
         found = {n: f"{x.dtype} {x.shape}" for n, x in list(parcel.tensors.items())[:3]}
@@ -135,7 +135,7 @@ def pack_metrics(metrics: Mapping[Part, Metrics]) -> RecordDict:
 def unpack_metrics(content: RecordDict) -> dict[Part, Metrics]:
     """The inverse of ``pack_metrics``: finite sums, no count negative, no more right than predicted."""
     parcel = unpack(content, "metrics")
-    read.only(parcel.facts, ("parts",))
+    read.exactly(parcel.facts, ("parts",))
     parts = parts_of(read.texts(parcel.facts, "parts"), "evaluate")
     tensors = dict(parcel.tensors)
     rows = read.take(tensors, "metrics", (len(parts), 4))
@@ -157,7 +157,7 @@ def pack_refusal(refusal: Refusal) -> RecordDict:
 def unpack_refusal(content: RecordDict) -> Refusal:
     """The inverse of ``pack_refusal``; the reason is cut at 500 characters."""
     parcel = unpack(content, "error")
-    read.only(parcel.facts, ("cause", "reason"))
+    read.exactly(parcel.facts, ("cause", "reason"))
     read.none_left(parcel.tensors)
     for cause in _CAUSES:
         if cause == read.text(parcel.facts, "cause"):

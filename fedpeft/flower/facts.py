@@ -1,6 +1,9 @@
-"""Facts of a manifest, read with their types checked: whatever is wrong is a ProtocolError."""
+"""Facts of a manifest, read with their types checked: whatever is wrong is a ProtocolError.
 
-from collections.abc import Iterable, Mapping
+``exactly`` comes first: the others take it for granted that the key is there.
+"""
+
+from collections.abc import Collection, Mapping
 from math import isfinite
 from typing import Any
 
@@ -15,7 +18,7 @@ LARGEST = 1 << 53
 
 def text(facts: Mapping[str, Json], key: str) -> str:
     """A string."""
-    x = _present(facts, key)
+    x = facts[key]
     if not isinstance(x, str):
         raise ProtocolError(f"{key} is {str(x)[:60]!r}; want a string")
     return x
@@ -23,7 +26,7 @@ def text(facts: Mapping[str, Json], key: str) -> str:
 
 def whole(facts: Mapping[str, Json], key: str) -> int:
     """A whole number from 0 to 2^53."""
-    x = _present(facts, key)
+    x = facts[key]
     if type(x) is not int or not 0 <= x <= LARGEST:
         raise ProtocolError(f"{key} is {str(x)[:60]!r}; want a whole number from 0 to 2^53")
     return x
@@ -31,7 +34,7 @@ def whole(facts: Mapping[str, Json], key: str) -> int:
 
 def claim(facts: Mapping[str, Json], key: str) -> bool:
     """True or false."""
-    x = _present(facts, key)
+    x = facts[key]
     if not isinstance(x, bool):
         raise ProtocolError(f"{key} is {str(x)[:60]!r}; want true or false")
     return x
@@ -39,15 +42,17 @@ def claim(facts: Mapping[str, Json], key: str) -> bool:
 
 def texts(facts: Mapping[str, Json], key: str) -> tuple[str, ...]:
     """A list of strings."""
-    x = _present(facts, key)
+    x = facts[key]
     if not isinstance(x, list) or not all(isinstance(s, str) for s in x):
         raise ProtocolError(f"{key} is {str(x)[:60]!r}; want a list of strings")
     return tuple(x)
 
 
-def only(facts: Mapping[str, Json], keys: Iterable[str]) -> None:
-    """Refuse facts beyond these keys: they would be ignored."""
-    extra = sorted(set(facts) - set(keys))
+def exactly(facts: Mapping[str, Json], keys: Collection[str]) -> None:
+    """Refuse a manifest without one of these keys, or with others: those would be ignored."""
+    missing, extra = sorted(set(keys) - set(facts)), sorted(set(facts) - set(keys))
+    if missing:
+        raise ProtocolError(f"the manifest has no {', '.join(missing)}")
     if extra:
         raise ProtocolError(f"the manifest has facts that are not known: {extra[:5]}; want {sorted(keys)}")
 
@@ -62,7 +67,7 @@ def describe(spec: Spec) -> list[Json]:
 
 def spec_of(facts: Mapping[str, Json], key: str) -> Spec:
     """The inverse of ``describe``."""
-    x = _present(facts, key)
+    x = facts[key]
     if not isinstance(x, list) or len(x) != 2 or not all(isinstance(part, list) for part in x):
         raise ProtocolError(f"{key} is {str(x)[:60]!r}; want [layers, dense]")
     layers = tuple(_layer(row, key) for row in x[0])
@@ -109,12 +114,6 @@ def low_rank(layer: Layer, tensors: dict[str, Tensor], name: str) -> LowRank:
     a = take(tensors, f"{name}/a", (layer.rank, layer.k))
     b = take(tensors, f"{name}/b", (layer.d, layer.rank))
     return LowRank(a, b, layer.scale)
-
-
-def _present(facts: Mapping[str, Json], key: str) -> Json:
-    if key not in facts:
-        raise ProtocolError(f"the manifest has no {key}")
-    return facts[key]
 
 
 def _layer(row: Json, key: str) -> Layer:

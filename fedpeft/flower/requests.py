@@ -99,14 +99,14 @@ def unpack_request(content: RecordDict, held: Callable[[str], Mapping[str, Tenso
     """
     parcel = unpack(content, "train", "evaluate")
     facts, tensors = parcel.facts, dict(parcel.tensors)
-    read.only(facts, _REQUEST)
+    read.exactly(facts, _REQUEST)
     spec = read.spec_of(facts, "spec")
     task = Task(spec, read.whole(facts, "round"), read.whole(facts, "pass"), read.take_all(tensors, "shared/"))
     _need_floats(task.shared)
     digest, constants, brought = _constants(read.text(facts, "constants"), tensors, held)
     adapter, tail = Adapter(), dict[str, LowRank]()
     if task.pass_ == 0:
-        own = spec if facts.get("adapter") is None else read.spec_of(facts, "adapter")
+        own = spec if facts["adapter"] is None else read.spec_of(facts, "adapter")
         _need_fit(own, spec)
         mine = read.take_all(tensors, "adapter/") | _under(constants, "constant/")
         adapter = read.adapter_of(own, mine, _under(constants, "fixed/"))
@@ -134,9 +134,9 @@ def pack_query(query: Query) -> RecordDict:
 def unpack_query(content: RecordDict) -> Query:
     """The inverse of ``pack_query``."""
     parcel = unpack(content, "query")
-    read.only(parcel.facts, ("settings", "start"))
+    read.exactly(parcel.facts, ("settings", "start"))
     read.none_left(parcel.tensors)
-    start = None if parcel.facts.get("start") is None else read.whole(parcel.facts, "start")
+    start = None if parcel.facts["start"] is None else read.whole(parcel.facts, "start")
     return Query(read.text(parcel.facts, "settings"), start)
 
 
@@ -145,6 +145,8 @@ def settings_of(content: RecordDict) -> str:
     kind, facts = glance(content)
     if kind not in ("query", "train", "evaluate"):
         raise ProtocolError(f"the message is a {kind[:40]!r}; want a request")
+    if "settings" not in facts:
+        raise ProtocolError("the manifest has no settings")
     return read.text(facts, "settings")
 
 

@@ -53,7 +53,9 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Runs whose settings are the same but for the seed. measures: by the names in MEASURES, where any run has it."""
+    """Runs whose settings are the same but for the seed. label: the runs' name if no other group has it, or else
+    what differs; measures: by the names in MEASURES, where any run has it.
+    """
 
     label: str
     differs: Mapping[str, str]
@@ -85,15 +87,17 @@ def compare(folders: Sequence[Path]) -> Comparison:
     found = tuple(history(x) for x in folders)
     flat = [_flat(h.run.settings) for h in found]
     every = list(dict.fromkeys(key for x in flat for key in x))
-    differing = tuple(k for k in every if len({x.get(k, "–") for x in flat}) > 1 and k != "name" and not _is_seed(k))
+    differing = tuple(k for k in every if len({x.get(k, "–") for x in flat}) > 1 and not _is_aside(k))
     rows = tuple(_row(h, {k: x.get(k, "–") for k in differing}) for h, x in zip(found, flat, strict=True))
     together: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         together.setdefault(tuple(row.differs.values()), []).append(row)
     names = short(differing)
-    groups = tuple(_group(members, names) for members in together.values())
+    called = [{row.name for row in members} for members in together.values()]
+    own = [x for x in called if len(x) == 1 and called.count(x) == 1]  # names that stand for one group each
+    groups = tuple(_group(members, names, len(own) == len(called) > 1) for members in together.values())
     first = flat[0]
-    shared = {k: first[k] for k in every if all(x.get(k) == first.get(k) for x in flat) and not _is_seed(k)}
+    shared = {k: first[k] for k in every if all(x.get(k) == first.get(k) for x in flat) and not _is_aside(k)}
     return Comparison(rows, groups, differing, shared, found)
 
 
@@ -169,13 +173,13 @@ def _row(h: History, differs: Mapping[str, str]) -> Row:
     )
 
 
-def _group(rows: Sequence[Row], names: Mapping[str, str]) -> Group:
+def _group(rows: Sequence[Row], names: Mapping[str, str], is_named: bool) -> Group:
     differs = rows[0].differs
     kinds = [v for k, v in differs.items() if k.endswith(".name")]
     label = ", ".join([*kinds, *(f"{names[k]} {v}" for k, v in differs.items() if not k.endswith(".name"))])
     found = {name: [x for row in rows if (x := measure(row, name)) is not None] for name in MEASURES}
     measures = {name: _spread(values) for name, values in found.items() if values}
-    return Group(label or rows[0].name, differs, tuple(rows), measures)
+    return Group(rows[0].name if is_named or not label else label, differs, tuple(rows), measures)
 
 
 def _spread(values: Sequence[float]) -> Spread:
@@ -183,8 +187,9 @@ def _spread(values: Sequence[float]) -> Spread:
     return Spread(float(np.mean(values)), deviation, len(values))
 
 
-def _is_seed(key: str) -> bool:
-    return key.rsplit(".", 1)[-1] == "seed"
+def _is_aside(key: str) -> bool:
+    """Whether a setting leaves what is run the same: names, seeds, and what else is measured."""
+    return key in ("name", "run") or key.startswith("baselines.") or key.rsplit(".", 1)[-1] == "seed"
 
 
 def _flat(settings: Mapping[str, Json], prefix: str = "") -> dict[str, str]:

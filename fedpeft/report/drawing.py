@@ -68,6 +68,14 @@ class Sheet:
     figure: "Figure"
     svg: str = field(default="", init=False)
 
+    def space(self, height: float) -> None:
+        """Leave this share of a panel's height free between panels that stand on one another."""
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+        engine = self.figure.get_layout_engine()
+        assert isinstance(engine, ConstrainedLayoutEngine), "sheet() sets one"
+        engine.set(hspace=height)
+
 
 @contextmanager
 def sheet(height: float, width: float = WIDTH) -> Iterator[Sheet]:
@@ -80,6 +88,8 @@ def sheet(height: float, width: float = WIDTH) -> Iterator[Sheet]:
         page = Sheet(Figure(figsize=(width, height), layout="constrained"))
         FigureCanvasSVG(page.figure)
         yield page
+        _lay_out(page.figure)
+        page.figure.set_layout_engine("none")  # it is laid out: matplotlib would do it twice more
         out = io.StringIO()
         page.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         page.svg = _inline(out.getvalue())
@@ -94,8 +104,9 @@ def end_labels(axes: "Axes", labels: Sequence[tuple[float, str, str]], gap: floa
     if not shown:
         return
     figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()
+    assert figure is not None, "axes are on a figure"
+    axes.get_ylim()  # settles limits that follow the data
+    _lay_out(figure)
     box = axes.get_window_extent()
     scale = 72.0 / figure.get_dpi()
     low, high = 0.0, box.height * scale
@@ -127,9 +138,9 @@ def spread_out(at: Sequence[float], gap: float, low: float, high: float) -> list
             total, count = before + total - count * members * gap, members + count
         groups.append((total, count))
     places = [total / count + k * gap for total, count in groups for k in range(count)]
-    over = max(0.0, places[-1] - high) if places else 0.0
-    under = min(0.0, places[0] - over - low) if places else 0.0
-    return [x - over - under for x in places] if over or under else places
+    last = len(places) - 1
+    raised = [max(x, low + i * gap) for i, x in enumerate(places)]
+    return [min(x, high - (last - i) * gap) for i, x in enumerate(raised)]
 
 
 def percent(axes: "Axes", axis: str = "y") -> None:
@@ -144,6 +155,12 @@ def whole_ticks(axes: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+
+
+def _lay_out(figure: "Figure") -> None:
+    engine = figure.get_layout_engine()
+    assert engine is not None, "sheet() sets one"
+    engine.execute(figure)
 
 
 def _inline(text: str) -> str:

@@ -57,12 +57,13 @@ def page(h: History) -> str:
     return document(title, "".join(parts), f"Written by fedpeft {escape(h.run.versions.get('fedpeft', ''))}".strip())
 
 
-def document(title: str, body: str, foot: str) -> str:
-    """A whole HTML page from a title, body and foot that are HTML already."""
+def document(title: str, body: str, foot: str, column: str = "text") -> str:
+    """A whole HTML page from a title, body and foot in HTML. column: "text", or "tables", which is wider."""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}\n<footer>{foot}</footer>\n</main>\n</body>\n</html>\n"
+        f"<style>{CSS}</style>\n</head>\n<body>\n"
+        f'<main class="{column}">\n{body}\n<footer>{foot}</footer>\n</main>\n</body>\n</html>\n'
     )
 
 
@@ -240,7 +241,7 @@ def _refusals(h: History) -> str:
     refused = [(x.round, client, why) for x in h.rounds for client, why in x.refused]
     asked = sum(len(x.asked) for x in h.rounds)
     if not refused:
-        said = f"None: all {asked:,} answers that were asked for came and were used." if asked else "None."
+        said = "None: every answer that was asked for came and was used." if asked else "None."
         return f"<h2>Refused or missing answers</h2><p>{said}</p>"
     reasons = "; ".join(f"{escape(why)} ({n:,})" for why, n in Counter(why for *_, why in refused).most_common(8))
     rows = "".join(

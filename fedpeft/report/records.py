@@ -68,7 +68,7 @@ class ClientData:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What was run. bytes_per_round: of one client, up and down; task: "classification", "image", or "lm", where
+    """What was run. bytes_per_round: of one client, up and down; task: "classify", "image", or "lm", where
     accuracy is of next tokens; labels: the names of the classes in order; command: what makes this run again.
     """
 

@@ -39,16 +39,15 @@ _LEGEND = (
 def table(c: Comparison) -> Table:
     """One line a group, for ``rich.print``: the settings that differ, then mean ± deviation of each measure."""
     shown = Table(caption=_LEGEND, caption_justify="left", header_style="bold")
-    names = short(c.keys)
-    for key in c.keys or ("run",):
-        shown.add_column(names.get(key, key), overflow="fold")
+    for head in _columns(c):
+        shown.add_column(head, overflow="fold")
     shown.add_column("n", justify="right")
     measures = _measured(c)
     for name in measures:
         shown.add_column(_HEADS[name], justify="right")
     best = _best(c)
     for group in c.groups:
-        cells = [*(group.differs.values() if c.keys else [group.label]), str(len(group.rows))]
+        cells = [*_cells(c, group), str(len(group.rows))]
         shown.add_row(
             *(escape_markup(x) for x in cells),
             *(told(name, group.measures.get(name)) for name in measures),
@@ -66,8 +65,9 @@ def figure(c: Comparison) -> str:
         return ""
     what = "central test set" if central else "clients’ validation rows"
     size, unit = scale_of(max(float(sent[-1]) for _, _, sent, _ in drawn))
-    with sheet(6.0) as page:
+    with sheet(6.2) as page:
         above, below = page.figure.subplots(2, 1)
+        page.space(0.09)
         labels: list[tuple[float, str, str]] = []
         for i, (group, rounds, sent, values) in enumerate(drawn):
             named = i < len(SERIES)
@@ -140,14 +140,13 @@ def escape_markup(text: str) -> str:
 
 def _page(c: Comparison) -> str:
     names = short(c.keys)
-    keys = [names[k] for k in c.keys] or ["run"]
     measures = _measured(c)
     best = _best(c)
-    head = "".join(f"<th>{escape(k)}</th>" for k in keys) + '<th class="n">runs</th>'
+    head = "".join(f"<th>{escape(k)}</th>" for k in _columns(c)) + '<th class="n">runs</th>'
     head += "".join(f'<th class="n">{_HEADS[m]}</th>' for m in measures)
     body = "".join(
         f"<tr class={'federated' if g is best else 'other'}>"
-        + "".join(f"<td>{escape(x)}</td>" for x in (g.differs.values() if c.keys else [g.label]))
+        + "".join(f"<td>{escape(x)}</td>" for x in _cells(c, g))
         + f'<td class="n">{len(g.rows)}</td>'
         + "".join(f'<td class="n">{escape(told(m, g.measures.get(m)))}</td>' for m in measures)
         + "</tr>"
@@ -177,6 +176,7 @@ def _page(c: Comparison) -> str:
         '<h2>What is the same</h2><div class="settings"><section><table><tbody>'
         f"{shared}</tbody></table></section></div>",
         "Written by fedpeft",
+        column="tables",
     )
 
 
@@ -186,6 +186,19 @@ def _verdict(c: Comparison) -> str:
         return ""
     won = f"{told('accuracy', best.measures['accuracy'])} %"
     return f'<p class="verdict">Highest accuracy: <b>{escape(best.label)}</b>, {won}.</p>'
+
+
+def _is_named(c: Comparison) -> bool:
+    return not c.keys or all(g.label == row.name for g in c.groups for row in g.rows)
+
+
+def _columns(c: Comparison) -> list[str]:
+    names = short(c.keys)
+    return [*(["run"] if _is_named(c) else []), *(names[k] for k in c.keys)]
+
+
+def _cells(c: Comparison, group: Group) -> list[str]:
+    return [*([group.label] if _is_named(c) else []), *group.differs.values()]
 
 
 def _measured(c: Comparison) -> list[str]:

@@ -8,6 +8,8 @@ html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: #fff; color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "Noto Sans", "DejaVu Sans", sans-serif; }
 main { max-width: 900px; margin: 0 auto; padding: 40px 24px 64px; }
+main.tables { max-width: 1200px; }
+.tables figure { max-width: 900px; }
 .kicker { margin: 0; color: var(--soft); font-size: 13px; letter-spacing: .06em; text-transform: uppercase; }
 h1 { margin: 2px 0 10px; font-size: 34px; line-height: 1.15; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { margin: 44px 0 8px; font-size: 20px; line-height: 1.3; }

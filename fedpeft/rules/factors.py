@@ -49,7 +49,7 @@ class FactorMean(MeanRule):
 
     @override
     def constant(self, spec: Spec) -> frozenset[str]:
-        changing = "".join(self.cycle)
+        changing = set().union(*self.cycle)
         factors = {f"{layer.name}/{part}" for layer in spec.layers for part in "ab" if part not in changing}
         return frozenset(factors | {name for name, _ in spec.dense if self.personalised})
 

@@ -55,7 +55,7 @@ class Momentum(ServerOptimiser):
     @override
     def step(self, mean: Tensors, moments: Tensors) -> tuple[dict[str, Array], dict[str, Array]]:
         v = {n: self.beta * moments.get(f"v/{n}", np.zeros_like(x)) + x for n, x in mean.items()}
-        return {n: self.lr * x for n, x in v.items()}, dict(moments) | {f"v/{n}": x for n, x in v.items()}
+        return {n: self.lr * x for n, x in v.items()}, {**moments, **{f"v/{n}": x for n, x in v.items()}}
 
 
 @dataclass(frozen=True, slots=True)

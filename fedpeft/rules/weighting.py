@@ -41,7 +41,7 @@ class Examples(Weighting):
 
     @override
     def weight(self, examples: float) -> float:
-        return min(examples, float(self.cap))
+        return float(min(examples, self.cap))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class SquareRoot(Weighting):
 
     @override
     def weight(self, examples: float) -> float:
-        return sqrt(min(examples, float(self.cap)))
+        return sqrt(min(examples, self.cap))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The frozen base model of a run: loaded by name, with a seeded head and a fingerprint."""
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,13 +96,19 @@ class Base:
     @contextmanager
     def recomputing(self, on: bool) -> Iterator[None]:
         """A context in which, if ``on``, each layer's activations are computed again in the backward pass, not kept."""
-        model: Any = self.model
-        if on:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        try:
+        if not on:
             yield
-        finally:
-            if on:
+            return
+        model: Any = self.model
+        caches = getattr(model.config, "use_cache", False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # these names last until transformers 6
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.config.use_cache = False
+            try:
+                yield
+            finally:
+                model.config.use_cache = caches
                 model.gradient_checkpointing_disable()
 
     @property

@@ -83,11 +83,14 @@ class Bridge:
     ) -> Self:
         """Put the method on ``model``, which is changed in place: use a model once.
 
-        fresh: parameters of the model that its files don't hold, by name. What the method draws depends on ``seed`` alone, and the global random state is left as it was.
+        fresh: parameters of the model that its files don't hold, by name.
+        What the method draws depends on ``seed`` alone, and the global random state is left as it was.
         The base is frozen; a classification head (task "classify" or "image") and what is fresh are trained whole.
         Trained tensors are fp32 whatever the base is: run a base in bf16 under autocast.
         Raises ConfigError naming the key for a method, option, target or rank that this model can't have.
         """
+        if any(isinstance(x, BaseTunerLayer) for x in model.modules()):
+            raise ValueError(f"the {type(model).__name__} has an adapter already; want a freshly loaded model")
         config = settle(model, method, task, fresh).config(task)
         base = frozenset(id(x) for x in (*model.parameters(), *model.buffers()))
         try:

@@ -34,6 +34,7 @@ _OWN = {
     "modules_to_save": "adapter.save",
     "base_model_name_or_path": "model.name",
 }
+_ALWAYS_OWN = ("target_modules", "modules_to_save", "base_model_name_or_path")
 _NOT_OPTIONS = ("peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version", "revision")
 
 
@@ -100,7 +101,8 @@ class Method:
                 f"{' or '.join(_VERBS[x] for x in tasks)}, or use another method"
             )
         known = {f.name for f in fields(kind)}
-        settings = {"task_type": _TASK_TYPES[task]} | self._shared(known) | self._checked_options(known)
+        shared = self._shared(known)
+        settings = {"task_type": _TASK_TYPES[task]} | shared | self._checked_options(known, set(shared))
         make: Callable[..., PeftConfig] = kind
         try:
             return make(**settings)
@@ -124,6 +126,8 @@ class Method:
             if "target_modules" not in known or self.name == "adaption_prompt":
                 raise ConfigError(f"adapter.targets: {self.name} adapts no modules by name; leave targets out")
             settings["target_modules"] = "all-linear" if self.targets == ("all-linear",) else list(self.targets)
+        elif self.options.get("target_parameters"):
+            settings["target_modules"] = []
         if self.save:
             if "modules_to_save" not in known:
                 raise ConfigError(f"adapter.save: {self.name} can't train further modules; leave save out")
@@ -142,11 +146,11 @@ class Method:
             raise ConfigError(f"adapter.dropout: got {self.dropout}; {self.name} has no dropout: leave it out")
         return {x: self.dropout if chosen and x == chosen[0] else 0.0 for x in found}
 
-    def _checked_options(self, known: set[str]) -> dict[str, object]:
+    def _checked_options(self, known: set[str], taken: set[str]) -> dict[str, object]:
         plain = self.method.lower().replace("-", "_")
         options: dict[str, object] = dict(_ALIASES[plain][1]) if plain in _ALIASES else {}
         for key, value in self.options.items():
-            if key in _OWN:
+            if key in _OWN and (key in taken or key in _ALWAYS_OWN):
                 raise ConfigError(f"adapter.options.{key}: this is set by {_OWN[key]}")
             if key in _NOT_OPTIONS or key not in known:
                 names = sorted(known - set(_NOT_OPTIONS) - set(_OWN))

@@ -65,8 +65,10 @@ def _backward(model: nn.Module, head: nn.Module | None, batch: Batch, units: int
     total = loss.item()
     if not isfinite(total):
         raise FloatingPointError(f"the loss is {total} at step {number + 1}: lower training.lr, or set training.clip")
+    correct = right(logits, batch.targets)
+    del logits  # the backward pass does not need them, and with a large vocabulary they are a quarter of its peak
     (loss / units).backward()  # type: ignore[no-untyped-call]  # torch's own
-    return Metrics(total, batch.units, right(logits, batch.targets))
+    return Metrics(total, batch.units, correct)
 
 
 def _groups(rows: Encoded, training: Training, rng: np.random.Generator) -> Iterator[Sequence[Rows]]:

@@ -141,6 +141,14 @@ def test_an_update_is_trained_minus_received_padded_to_the_servers_rank():
     assert set(Update(received, trained).factors("b", spec)) == {"q/b", "v/b"}
 
 
+@pytest.mark.parametrize("side", ["received", "trained"])
+def test_an_update_on_other_layers_than_the_servers_is_refused(side):
+    sides = {"received": adapter(1), "trained": adapter(2)}
+    sides[side] = replace(sides[side], layers={"q": sides[side].layers["q"]})
+    with pytest.raises(ValueError, match=r"it has layers \['q'\]; want \['q', 'v'\]"):
+        Update(**sides).factors("ab", adapter().spec)
+
+
 def test_dense_leaves_of_an_update_are_trained_minus_received():
     received, trained = adapter(1), adapter(2)
     change = Update(received, trained).dense()
@@ -184,3 +192,19 @@ def test_zeros_of_both_signs_differ_and_a_nan_equals_itself():
 
     assert not same(at(0.0), at(-0.0))
     assert same(at(float("nan")), at(float("nan")))
+
+
+def test_a_digest_stays_the_same_from_version_to_version():
+    x = Adapter(
+        {"q": LowRank(np.array([[1.0, -2.0]]), np.array([[3.0], [0.5], [-4.0]], np.float32), 1.5)},
+        {"head": np.array([0.25, -1.0])},
+        {"seed": np.array([7], np.int64)},
+    )
+    assert x.digest == "2ab9a029fcaafdbe174cf0ef53916c3c1844dd0c1fb1b5a3e36461b2c40839c9"
+
+
+def test_a_digest_does_not_depend_on_how_the_tensors_lie_in_memory():
+    x = one(layers={"q": LowRank(A, np.asfortranarray(B), 1.5)})
+    assert x.digest == one().digest
+    assert same(x, one())
+    assert one().cut(1).digest == one(layers={"q": LowRank(A[:1].copy(), B[:, :1].copy(), 1.5)}).digest

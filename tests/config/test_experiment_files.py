@@ -94,7 +94,7 @@ def test_a_bad_setting_is_named(text, message):
         ("rounds=0", "rounds: got 0; want at least 1"),
         ("seed=-1", "seed: got -1; want 0 or more"),
         ("partition=3", "partition: got 3; want a section, such as"),
-        ("partition.name=dirichlet", "partition.clients: is missing; want a whole number"),
+        ("data={}", "data.name: is missing; want text"),
     ],
 )
 def test_a_bad_change_is_named(change, message):

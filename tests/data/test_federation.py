@@ -156,7 +156,7 @@ def test_parts_that_are_not_there_are_refused(client: int | None, name: str, mes
 def test_a_federation_without_a_central_test_set_says_so() -> None:
     found = federate(table(), Iid(4), Split(central=0), 7)
     assert len(found.central) == 0
-    with pytest.raises(ValueError, match="want 'test', and a share split.central above 0"):
+    with pytest.raises(ValueError, match=r"want 'test', and a share split.central above 0"):
         found.part(None, "test")
 
 

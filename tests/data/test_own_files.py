@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedpeft.data import Source, load
+from fedpeft.data.files import read_csv, read_jsonl
 from fedpeft.errors import ConfigError, DataError
 
 POEMS = [
@@ -138,9 +139,9 @@ def test_only_some_natural_clients_can_be_kept(tmp_path: Path) -> None:
     name = jsonl(tmp_path, POEMS)
     table = load(Source(name, only=("ann",)))
     assert (table.clients, table.labels.tolist()) == (("ann", "ann"), [1, 1])
-    with pytest.raises(ConfigError, match="data.only: no client is called 'eve'; there are ann, bob"):
+    with pytest.raises(ConfigError, match=r"data.only: no client is called 'eve'; there are ann, bob"):
         load(Source(name, only=("ann", "eve")))
-    with pytest.raises(ConfigError, match="data.only: the data set does not say whose row is whose"):
+    with pytest.raises(ConfigError, match=r"data.only: the data set does not say whose row is whose"):
         load(Source(name, only=("ann",), client=""))
 
 
@@ -212,7 +213,7 @@ def test_images_in_a_datasets_folder_may_be_pictures_or_arrays(tmp_path: Path) -
     ("value", "message"),
     [
         ("nowhere.png", r"no such file .*nowhere.png"),
-        ("x.jsonl", r"x.jsonl can't be read as an image"),
+        ("x.jsonl", r".*x.jsonl can't be read as an image"),
         ([1, 2], "got no image; want a path, a picture, or whole numbers from 0 to 255"),
         ([[1, 256]], "got no image; want a path"),
         ([[-1, 2]], "got no image; want a path"),
@@ -338,6 +339,12 @@ def test_a_file_that_is_not_there_says_so(tmp_path: Path) -> None:
             load(Source(str(tmp_path / name)))
 
 
+def test_a_file_that_goes_away_while_it_is_opened_says_so(tmp_path: Path) -> None:
+    for read in (read_jsonl, read_csv):
+        with pytest.raises(DataError, match="gone: can't be read: No such file or directory"):
+            read(tmp_path / "gone")
+
+
 def test_a_file_of_another_kind_says_which_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.tsv").write_text("text\tlabel\n")
     with pytest.raises(DataError, match=r"x.tsv: got a file ending in '.tsv' \(data.name\); want .jsonl .*, .csv"):
@@ -346,13 +353,13 @@ def test_a_file_of_another_kind_says_which_are_read(tmp_path: Path) -> None:
 
 def test_a_name_that_is_unknown_lists_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match="data.name: got 'wiki12'; want one of chitchat, debian, .*, wordnet, or the path"
+        ConfigError, match=r"data.name: got 'wiki12'; want one of chitchat, debian, .*, wordnet, or the path"
     ):
         load(Source("wiki12"))
 
 
 def test_a_folder_that_datasets_did_not_save_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no datasets folder .*; want one made with save_to_disk"):
+    with pytest.raises(DataError, match=r"is no datasets folder .*; want one made with save_to_disk"):
         load(Source(str(tmp_path)))
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(DataError, match="can't be read as a datasets folder"):

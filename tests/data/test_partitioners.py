@@ -245,14 +245,18 @@ def test_settings_that_no_data_could_meet_are_refused_when_made(
 
 
 @settings(max_examples=100)
-@given(st.lists(st.floats(0, 50), min_size=1, max_size=20), st.floats(0, 0.999))
-def test_whole_numbers_are_near_their_amounts_and_sum_to_theirs(amounts: list[float], offset: float) -> None:
-    out = whole(np.array(amounts), offset)
-    assert (out >= 0).all()
-    assert out.sum() == int(np.floor(np.sum(amounts) + 0.5))
-    # Within one, but for the last, which also takes what the sum is rounded by.
-    assert (np.abs(out - np.array(amounts))[:-1] <= 1 + 1e-9).all()
-    assert abs(out[-1] - amounts[-1]) <= 2
+@given(st.lists(st.floats(0.01, 50), min_size=1, max_size=20), st.floats(0, 0.999), st.integers(0, 500))
+def test_whole_numbers_are_near_their_amounts_and_sum_to_theirs(
+    amounts: list[float], offset: float, total: int
+) -> None:
+    shares = np.array(amounts) * total / np.sum(amounts)
+    for each, out, want in (
+        (shares, whole(shares, offset), total),
+        (np.array(amounts), whole(np.array(amounts)), int(np.floor(np.sum(amounts) + 0.5))),
+    ):
+        assert (out >= 0).all()
+        assert out.sum() == want
+        assert (np.abs(out - each) <= 1 + 1e-9).all()  # 1e-9: sums of floats
 
 
 def test_whole_numbers_have_their_amounts_as_means() -> None:

@@ -77,12 +77,18 @@ class Fleet:
 
     def end(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
         """End one process with those that it started, by their ids."""
-        process = psutil.Process(self.processes.pop(name).pid)
-        family = [process, *process.children(recursive=True)]  # taken first: orphans forget their parent
-        _signal(family[:1], how)
-        psutil.wait_procs(family[:1], timeout=10)
-        _signal(family, signal.SIGKILL)
-        psutil.wait_procs(family, timeout=10)
+        process = self.processes.pop(name)
+        with suppress(psutil.NoSuchProcess):
+            family = psutil.Process(process.pid).children(recursive=True)  # taken first: orphans forget their parent
+            process.send_signal(how)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            for one in family:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            psutil.wait_procs(family, timeout=10)
+        process.kill()
+        process.wait()
 
     def wait_for_superlink(self) -> None:
         """Return once the SuperLink answers."""
@@ -154,9 +160,3 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-def _signal(processes: list[psutil.Process], how: signal.Signals) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(how)

@@ -9,6 +9,7 @@ from fedpeft.channel import PlainChannel, Running
 from fedpeft.errors import ProtocolError
 
 STATISTICS = np.array([1.5, -2.0, 3.0])
+ROUNDING = 1 + 1e-6
 
 
 @given(seed=st.integers(0, 9999), size=st.integers(1, 300), clip=st.floats(1e-3, 1e3), length=st.floats(0, 1e5))
@@ -60,6 +61,7 @@ def test_down_is_the_weighted_mean_with_the_sums_of_all_else():
     mean, weight, statistics = channel.down(total.total, 2)
     np.testing.assert_array_equal(mean, [4.0, 4.0])
     assert weight == 4.0
+    assert type(weight) is float
     np.testing.assert_array_equal(statistics, 2 * STATISTICS)
 
 
@@ -133,6 +135,8 @@ def test_a_weight_may_be_the_largest_and_a_rounding_more():
     PlainChannel().check(GOOD, 2, 2.0 / (1 + 5e-7))
     with pytest.raises(ProtocolError, match="weight"):
         PlainChannel().check(GOOD, 2, 2.0 / (1 + 2e-6))
+    assert 2.0 / ROUNDING * ROUNDING == 2.0
+    PlainChannel().check(GOOD, 2, 2.0 / ROUNDING)
     small = PlainChannel().up(np.array([3.0, -4.0]), 1e-3, STATISTICS)
     PlainChannel().check(small, 2, 1.0)
 
@@ -158,12 +162,15 @@ def test_a_term_that_is_too_long_is_refused_whatever_its_weight(channel, message
 )
 def test_a_term_may_be_as_long_as_the_bound_and_a_rounding_more(channel):
     channel.check(GOOD, 2, 2.0)
+    assert 5.0 / ROUNDING * ROUNDING == 5.0
+    PlainChannel(largest_norm=5.0 / ROUNDING).check(GOOD, 2, 2.0)
     channel.check(PlainChannel().up(np.array([3.0, -4.0]), 0.1, STATISTICS * 1e6), 2, 2.0)
 
 
-def test_a_norm_beyond_single_precision_is_still_measured():
-    term = np.array([1e30, 1e30, 1.0, 0.0, 0.0, 0.0], np.float32)  # its squares are beyond 3e38
-    with pytest.raises(ProtocolError, match=r"norm 1\.41\d+e\+30"):
+@pytest.mark.parametrize(("weight", "power"), [(1.0, 30), (1e-30, 60)])
+def test_a_norm_beyond_single_precision_is_still_measured(weight, power):
+    term = np.array([1e30, 1e30, weight, 0.0, 0.0, 0.0], np.float32)  # its squares are beyond 3e38
+    with pytest.raises(ProtocolError, match=rf"norm 1\.41\d+e\+{power};"):
         PlainChannel().check(term, 2, 1.0)
 
 

@@ -23,6 +23,7 @@ def run(optimiser, means=MEANS):
         before = {n: x.copy() for n, x in moments.items()}
         given = moments
         change, moments = optimiser.step({"x": np.array(mean).reshape(2, 2)}, given)
+        assert moments is not given
         for n, x in before.items():
             np.testing.assert_array_equal(given[n], x)
         assert change["x"].shape == (2, 2)

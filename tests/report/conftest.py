@@ -37,7 +37,7 @@ class Made:
     lr: float = 2e-3
     alpha: float = 0.3
     top: float = 0.82
-    task: str = "classification"
+    task: str = "classify"
     rounds_recorded: int | None = None
     baselines: bool = True
     refusals: bool = True

@@ -147,3 +147,28 @@ def test_a_comparison_is_escaped_and_works_without_rounds(tmp_path: Path) -> Non
 def test_more_groups_than_colours_are_drawn_grey(run: Make) -> None:
     c = compare([run(lr=lr / 1000, clients=2, rounds=2, baselines=False).path for lr in range(1, 11)])
     assert "grey: the other runs" in figure(c)
+
+
+def test_what_leaves_a_run_the_same_sets_no_group_apart(tmp_path: Path) -> None:
+    runs = [
+        small(tmp_path / "a", 0.5, 1, run="0f3a", baselines={"base": True}, partition={"seed": 4}),
+        small(tmp_path / "b", 0.7, 2, run="77c1", baselines={"base": False}, partition={"seed": 5}),
+    ]
+    c = compare(runs)
+    assert c.keys == ()
+    assert len(c.groups) == 1
+    assert c.groups[0].measures["accuracy"].mean == pytest.approx(0.6)
+
+
+def test_groups_go_by_the_names_of_their_runs_if_those_tell_them_apart(tmp_path: Path) -> None:
+    runs = []
+    for name, lr in (("slow", 0.1), ("fast", 0.4)):
+        for seed in (1, 2):
+            folder = RunFolder.create(tmp_path / f"{name}-{seed}", "")
+            folder.append(RunRecord(name, {"name": name, "seed": seed, "training": {"lr": lr}}))
+            runs.append(folder.path)
+    c = compare(runs)
+    assert [g.label for g in c.groups] == ["slow", "fast"]
+    assert [g.differs for g in c.groups] == [{"training.lr": "0.1"}, {"training.lr": "0.4"}]
+    assert [x.header for x in table(c).columns][:3] == ["run", "lr", "n"]
+    assert [g.label for g in compare(runs[:2]).groups] == ["slow"]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ Make = Callable[..., RunFolder]
 def test_labels_never_overlap_keep_their_order_and_stay_inside_where_there_is_room(at: list[float]) -> None:
     places = spread_out(at, 12.0, 0.0, 100.0)
     assert len(places) == len(at)
-    assert all(b - a >= 12.0 - 1e-9 for a, b in zip(places, places[1:], strict=False))
+    assert all(b - a >= 12.0 - 1e-9 for a, b in pairwise(places))
     assert places[0] >= -1e-9
     assert places[-1] <= 100.0 + 1e-9
 

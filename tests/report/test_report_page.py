@@ -4,12 +4,24 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from fedpeft.report import BaselineRecord, FinalRecord, RoundRecord, RunFolder, RunRecord, Score, Scores, write_report
+from fedpeft.report import (
+    BaselineRecord,
+    FinalRecord,
+    RoundRecord,
+    RunFolder,
+    RunRecord,
+    Score,
+    Scores,
+    history,
+    recipe,
+    write_report,
+)
 
 Make = Callable[..., RunFolder]
 EMPTY_TAGS = {"meta", "br", "path", "use", "rect", "image", "stop", "col"}
@@ -139,11 +151,11 @@ def test_the_same_records_give_the_same_page_in_another_process(run: Make) -> No
 
 def test_the_snippet_names_the_base_and_head_of_the_exported_adapter(run: Make) -> None:
     folder = run(clients=3, rounds=1)
-    assert "fedpeft export" in read(folder)[1].text
+    assert "fedpeft export" in recipe.use(history(folder.path))
     (folder.path / "adapter").mkdir()
     config = '{"base_model_name_or_path": "models/minilm", "task_type": "SEQ_CLS"}'
     (folder.path / "adapter" / "adapter_config.json").write_text(config)
-    text = read(folder)[1].text
+    text = unescape(recipe.use(history(folder.path)))
     assert "AutoModelForSequenceClassification.from_pretrained('models/minilm', num_labels=" in text
     assert f"PeftModel.from_pretrained(base, '{folder.path.name}/adapter')" in text
     assert "fedpeft export" not in text

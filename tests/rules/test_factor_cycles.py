@@ -37,11 +37,13 @@ def test_rounds_go_through_the_cycle(rule, sent, trains):
         (ROLORA, set()),
         (FEDSA, {"q/b", "v/b", *DENSE}),
         (FactorMean(("b", "b", "ab")), set()),
+        (FactorMean(("a", "b", "ab")), set()),
     ],
     ids=repr,
 )
 def test_what_no_round_sends_is_constant(rule, constant):
     assert rule.constant(SPEC) == constant
+    assert isinstance(rule.constant(SPEC), frozenset)
 
 
 @pytest.mark.parametrize("cycle", [(), ("c",), ("ab", "ba"), ("",), ("a", "abc")])

@@ -33,7 +33,7 @@ def main(grid: Grid, config: Mapping[str, bool | int | float | str]) -> None:
         round = SumRound(state, ranks, clients, rule=RULE)
         drive(fleet, round, SECONDS)
         state = round.result().state
-    found = evaluate(fleet, state, ranks, {client: ("validation", "central") for client in ranks}, SECONDS)
+    found = evaluate(fleet, state, ranks, dict.fromkeys(ranks, ("validation", "central")), SECONDS)
     loss = [found.answers[client][part].loss for client in ranks for part in ("validation", "central")]
     part = run / "adapter.part.npz"
     np.savez(part, loss=np.array(loss), **state.adapter.tensors())

@@ -1,0 +1,17 @@
+"""The ClientApp of a node with torch: what a SuperNode and Flower's simulation runtime run.
+
+A node's config (``flower-supernode --node-config``) says which client it is and, if it has one, its data:
+
+    partition-id=3              the client's number, from 0
+    data="/data/mine.jsonl"     a data set of its own, in place of a part of the experiment's
+    state="/var/lib/fedpeft"    where it keeps what belongs to the client between messages
+
+Torch is loaded once a message has come, and not before.
+"""
+
+from fedpeft.flower import client_app
+from fedpeft.run import participant
+from fedpeft.training.environment import prepare
+
+prepare()
+app = client_app(participant)

@@ -1,0 +1,15 @@
+"""The ServerApp: the coordinator of an experiment.
+
+Its run config (``flwr run . --run-config``) names the experiment:
+
+    experiment="simulations/tiny.toml"   the experiment file
+    changes="rounds=3; seed=2"           settings that differ from the file's
+    folder="runs/tiny"                   where the run is kept; a run that is there goes on
+"""
+
+from fedpeft.flower import server_app
+from fedpeft.run import serve_run
+from fedpeft.training.environment import prepare
+
+prepare()
+app = server_app(serve_run)

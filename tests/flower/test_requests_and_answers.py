@@ -1,0 +1,255 @@
+"""What messages mean: requests and answers round-trip, and impossible ones are refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedpeft.adapters import Adapter, LowRank, same
+from fedpeft.errors import ProtocolError
+from fedpeft.flower.answers import (
+    Capabilities,
+    Counts,
+    Refusal,
+    Term,
+    pack_capabilities,
+    pack_metrics,
+    pack_refusal,
+    pack_term,
+    unpack_capabilities,
+    unpack_metrics,
+    unpack_refusal,
+    unpack_term,
+)
+from fedpeft.flower.packing import Parcel, digest_of, glance, pack, payload_bytes, unpack
+from fedpeft.flower.requests import (
+    ConstantsMissing,
+    Query,
+    constants_of,
+    pack_query,
+    pack_request,
+    settings_of,
+    unpack_query,
+    unpack_request,
+)
+from fedpeft.rounds import Metrics
+from fedpeft.rules import Broadcast, Task
+from tests.flower.linear import RANK, D, K, start
+
+TAIL = {"q": LowRank(np.ones((1, K), np.float32), np.ones((D, 1), np.float32), 0.5)}
+CAPABLE = Capabilities(2, "b", Counts(5, 6, 7), True, ("d" * 64,), start())
+KINDS = ("train", "evaluate", "query", "capabilities", "term", "metrics", "error")
+
+
+def nothing_held(digest: str) -> None:
+    return None
+
+
+def request(
+    rank: int = RANK, pass_: int = 0, constant: frozenset[str] = frozenset(), in_full: bool = True
+) -> RecordDict:
+    shared = {"y": np.arange(3.0)} if pass_ else {}
+    broadcast = Broadcast(Task(start().spec, 4, pass_, shared), start().cut(rank), TAIL)
+    return pack_request("train", broadcast, '{"seed": 1}', "base", constant, in_full)
+
+
+EVERY: dict[str, tuple[RecordDict, Callable[[RecordDict], Any]]] = {
+    "request": (request(rank=2), lambda c: unpack_request(c, nothing_held)),
+    "pass 1": (request(pass_=1), lambda c: unpack_request(c, nothing_held)),
+    "query": (pack_query(Query("{}", 3)), unpack_query),
+    "capabilities": (pack_capabilities(CAPABLE), unpack_capabilities),
+    "term": (pack_term(Term(4, 1, np.arange(5, dtype=np.float32))), unpack_term),
+    "metrics": (pack_metrics({"test": Metrics(1.0, 4.0, 2.0, 4.0)}), unpack_metrics),
+    "refusal": (pack_refusal(Refusal("failed", "why")), unpack_refusal),
+}
+
+
+def change(content: RecordDict, key: str, value: Any) -> RecordDict:
+    parcel = unpack(content, *KINDS)
+    return pack(replace(parcel, facts=dict(parcel.facts) | {key: value}))
+
+
+@pytest.mark.parametrize("rank", [1, 2, RANK])
+def test_a_request_comes_back_as_it_was_sent(rank: int) -> None:
+    got = unpack_request(request(rank), nothing_held)
+    assert same(got.broadcast.adapter, start().cut(rank))
+    assert same(Adapter(layers=got.broadcast.tail), Adapter(layers=TAIL))
+    assert got.broadcast.task.spec == start().spec
+    assert (got.broadcast.task.round, got.broadcast.task.pass_, got.parts) == (4, 0, ())
+    assert (got.settings, got.base, settings_of(request(rank))) == ('{"seed": 1}', "base", '{"seed": 1}')
+
+
+def test_a_later_pass_carries_what_is_shared_and_not_the_adapter_again() -> None:
+    got = unpack_request(request(pass_=1), nothing_held)
+    np.testing.assert_array_equal(got.broadcast.task.shared["y"], np.arange(3.0))
+    assert got.broadcast.task.pass_ == 1
+    assert same(got.broadcast.adapter, Adapter())
+    assert list(unpack(request(pass_=1), "train").tensors) == ["shared/y"]
+
+
+def test_constants_travel_once_and_then_by_their_digest() -> None:
+    constant = frozenset({"q/b"})
+    first = unpack_request(request(constant=constant), nothing_held)
+    assert first.brought
+    assert set(first.constants) == {"constant/q/b", "fixed/fixed"}
+    assert first.digest == digest_of(constants_of(start(), constant))
+    short = request(constant=constant, in_full=False)
+    saved = sum(x.nbytes for x in first.constants.values())
+    assert saved == 4 * D * RANK + 8 * 6
+    # The manifest's rows for the two tensors go as well, deflated.
+    assert saved < payload_bytes(request(constant=constant)) - payload_bytes(short) < saved + 100
+    again = unpack_request(short, {first.digest: first.constants}.get)
+    assert same(again.broadcast.adapter, start())
+    assert not again.brought
+    with pytest.raises(ConstantsMissing, match="send them in full"):
+        unpack_request(short, nothing_held)
+
+
+def test_constants_that_are_not_those_of_the_digest_are_refused() -> None:
+    bad = change(request(constant=frozenset({"q/b"})), "constants", "0" * 64)
+    with pytest.raises(ProtocolError, match="the constants have digest"):
+        unpack_request(bad, nothing_held)
+
+
+def test_capabilities_bring_the_start_adapter_with_its_fixed_tensors() -> None:
+    got = unpack_capabilities(pack_capabilities(CAPABLE))
+    assert got.start is not None
+    assert same(got.start, start())
+    assert replace(got, start=None) == replace(CAPABLE, start=None) or (got.client, got.base) == (2, "b")
+    assert (got.counts, got.central, got.holds) == (Counts(5, 6, 7), True, ("d" * 64,))
+    assert unpack_capabilities(pack_capabilities(replace(CAPABLE, start=None))).start is None
+
+
+def test_a_train_reply_carries_its_round_its_pass_and_the_vector_alone() -> None:
+    parcel = unpack(EVERY["term"][0], "term")
+    assert dict(parcel.facts) == {"round": 4, "pass": 1}
+    assert list(parcel.tensors) == ["term"]
+    got = unpack_term(EVERY["term"][0])
+    assert (got.round, got.pass_, got.vector.tolist()) == (4, 1, [0, 1, 2, 3, 4])
+
+
+def test_metrics_queries_and_refusals_round_trip() -> None:
+    metrics = {"central": Metrics(1.5, 4.0, 2.0, 4.0), "test": Metrics()}
+    assert unpack_metrics(pack_metrics(metrics)) == metrics
+    for query in (Query("s", None), Query("s", 0)):
+        got = unpack_query(pack_query(query))
+        assert (got.settings, got.start) == (query.settings, query.start)
+    assert unpack_refusal(pack_refusal(Refusal("base", "x" * 600))) == Refusal("base", "x" * 500)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "want"),
+    [
+        ("request", "round", -1, "round is '-1'; want a whole number"),
+        ("request", "round", True, "want a whole number"),
+        ("request", "round", 2**60, "want a whole number"),
+        ("request", "pass", 1.0, "want a whole number"),
+        ("request", "settings", None, "settings is 'None'; want a string"),
+        ("request", "base", 5, "base is '5'; want a string"),
+        ("request", "spec", {}, "want \\[layers, dense\\]"),
+        ("request", "spec", [[["q", D, K, -1, 2.0]], []], "has the layer"),
+        ("request", "spec", [[["q", D, K, 2**31, 2.0]], []], "not giant"),
+        ("request", "spec", [[["q", 2**30, 2**30, 2, 2.0]], []], "not giant"),
+        ("request", "spec", [[["q", D, K, True, 2.0]], []], "has the layer"),
+        ("request", "spec", [[["q", D, K, RANK, 1e300]], []], "has the layer"),
+        ("request", "spec", [[["q", D, K, RANK, "2"]], []], "has the layer"),
+        ("request", "spec", [[["q", D, K, RANK, 2.0]] * 2, []], "twice"),
+        ("request", "spec", [[["q", D, K, RANK, 2.0]], [["bias", [-5]]]], "has the leaf"),
+        ("request", "spec", [[["r", D, K, RANK, 2.0]], [["bias", [D]]]], "not those of the round's spec"),
+        ("request", "spec", [[["q", D, K, 1, 2.0]], [["bias", [D]]]], "larger rank"),
+        ("request", "adapter", [[["q", D, K, 1, 2.0]], [["bias", [D]]]], "'q/a' is float32 \\(2, 4\\); want"),
+        ("request", "adapter", None, "'q/a' is float32 \\(2, 4\\); want"),
+        ("request", "tail", [[["r", D, K, 1, 2.0]], []], "no tensor 'r/a'"),
+        ("request", "tail", [[], []], "not wanted: \\['q/a'"),
+        ("request", "parts", ["test"], "want none"),
+        ("request", "parts", "test", "want a list of strings"),
+        ("request", "constants", 7, "constants is '7'"),
+        ("request", "evil", 7, "facts that are not known: \\['evil'\\]"),
+        ("query", "start", -2, "start is '-2'"),
+        ("query", "settings", [], "settings is"),
+        ("capabilities", "client", -1, "client is '-1'"),
+        ("capabilities", "train", "5", "train is '5'"),
+        ("capabilities", "central", 1, "want true or false"),
+        ("capabilities", "holds", [1], "want a list of strings"),
+        ("capabilities", "start", None, "not wanted: \\['adapter/"),
+        ("term", "round", None, "round is 'None'"),
+        ("term", "loss", 0.5, "not known: \\['loss'\\]"),
+        ("metrics", "parts", ["best"], "want some of train, validation, test, central"),
+        ("metrics", "parts", ["test", "central"], "'metrics' is float64 \\(1, 4\\); want"),
+        ("refusal", "cause", "mood", "cause is 'mood'; want one of"),
+        ("refusal", "reason", 4, "reason is '4'"),
+    ],
+)  # fmt: skip
+def test_an_impossible_fact_is_a_protocol_error_that_names_it(name: str, key: str, value: Any, want: str) -> None:
+    content, read = EVERY[name]
+    with pytest.raises(ProtocolError, match=want):
+        read(change(content, key, value))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_missing_fact_an_unwanted_tensor_or_another_kind_is_refused(name: str) -> None:
+    content, read = EVERY[name]
+    kind, facts = glance(content)
+    parcel = unpack(content, kind)
+    for gone in facts:
+        with pytest.raises(ProtocolError, match=f"no {gone}"):
+            read(pack(Parcel(kind, {k: v for k, v in facts.items() if k != gone}, parcel.tensors)))
+    with pytest.raises(ProtocolError):
+        read(pack(replace(parcel, tensors=dict(parcel.tensors) | {"spy": np.ones(2)})))
+    for other, (wrong, _) in EVERY.items():
+        if glance(wrong)[0] != kind:
+            with pytest.raises(ProtocolError):
+                read(wrong)
+            assert other != name
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[[np.nan, 1, 1, 1]], [[np.inf, 1, 1, 1]], [[1, -1, -2, 1]], [[1, 1, 2, 1]], [[1, 1, 1, -1]], [[1, 1, 1]]],
+)
+def test_impossible_metrics_are_refused(rows: list[list[float]]) -> None:
+    with pytest.raises(ProtocolError):
+        unpack_metrics(pack(Parcel("metrics", {"parts": ["test"]}, {"metrics": np.array(rows)})))
+
+
+@pytest.mark.parametrize("vector", [np.ones(3), np.ones((1, 3), np.float32), np.ones(3, np.int32)])
+def test_a_term_that_is_no_fp32_vector_is_refused(vector: np.ndarray) -> None:
+    with pytest.raises(ProtocolError, match="want one fp32 vector"):
+        unpack_term(pack(Parcel("term", {"round": 0, "pass": 0}, {"term": vector})))
+
+
+def test_shared_and_adapter_tensors_must_be_floating_point() -> None:
+    parcel = unpack(request(pass_=1), "train")
+    with pytest.raises(ProtocolError, match="'shared/y' is int64"):
+        unpack_request(pack(replace(parcel, tensors={"shared/y": np.arange(3)})), nothing_held)
+    parcel = unpack(request(), "train")
+    whole = dict(parcel.tensors) | {"adapter/bias": np.arange(D)}
+    with pytest.raises(ProtocolError, match="'bias' is int64"):
+        unpack_request(pack(replace(parcel, tensors=whole)), nothing_held)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda x: st.lists(x, max_size=5) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_whatever_json_a_peer_puts_in_place_of_a_fact_is_read_or_a_protocol_error(data: st.DataObject) -> None:
+    content, read = EVERY[data.draw(st.sampled_from(sorted(EVERY)))]
+    key = data.draw(st.sampled_from(sorted(glance(content)[1])))
+    try:
+        read(change(content, key, data.draw(JSON)))
+    except ProtocolError as error:
+        str(error).encode()
