@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
+from typing import Any
 
 SWAPS: dict[type, tuple[type, ...]] = {
     ast.Add: (ast.Sub,),
@@ -123,7 +124,7 @@ def instead_of_statement(node: ast.stmt, in_function: bool) -> Iterator[ast.stmt
         case ast.AugAssign(target, op, value) if type(op) in SWAPS:
             yield ast.AugAssign(target, SWAPS[type(op)][0](), value)
     match node:
-        case ast.Return(value) if value is not None:
+        case ast.Return(returned) if returned is not None:
             yield ast.Return(ast.Constant(None))
         case ast.If(_, body, orelse):
             yield from (ast.If(ast.Constant(value), body, orelse) for value in (True, False))
@@ -152,7 +153,7 @@ def mutants(path: Path) -> Iterator[Mutant]:
     """All changes to one module, top to bottom."""
     tree = ast.parse(path.read_text())
 
-    def swap(holder: list[ast.AST] | ast.AST, at: int | str, new: ast.AST) -> Callable[[], None]:
+    def swap(holder: Any, at: Any, new: ast.AST) -> Callable[[], None]:
         held = [new]
 
         def edit() -> None:
@@ -165,7 +166,7 @@ def mutants(path: Path) -> Iterator[Mutant]:
 
         return edit
 
-    def visit(holder: list[ast.AST] | ast.AST, at: int | str, name: str, inside: bool, line: int) -> Iterator[Mutant]:
+    def visit(holder: Any, at: Any, name: str, inside: bool, line: int) -> Iterator[Mutant]:
         node = holder[at] if isinstance(holder, list) else getattr(holder, at)
         if not isinstance(node, ast.AST) or is_left_alone(node):
             return

@@ -141,8 +141,8 @@ class Shards(Partitioner):
         shards = self._shards(sizes)
         room = np.full(self.clients, self.labels)
         parts: list[list[Rows]] = [[] for _ in range(self.clients)]
-        # The label with most shards first, to the clients with most room: this never gets stuck (Gale and Ryser).
-        for i in np.argsort(-shards, kind="stable"):
+        # To the clients with most room: so all have as much to within one label, and none gets stuck.
+        for i in range(len(found)):
             takers = np.lexsort((rng.permutation(self.clients), -room))[: shards[i]]
             room[takers] -= 1
             rows = rng.permutation(np.flatnonzero(labels == found[i]))

@@ -105,10 +105,13 @@ class RunFolder:
         line = json.dumps({"schema": SCHEMA, **values}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         if parse(line, "the new record") is None:
             raise ValueError(f"kind: got {values.get('kind')!r}; want run, round, baseline or final")
-        if self._end is None:
+        if self._end is None or self._end != self._size():  # not ours alone since then: look at what is there
             self._end = sum(len(x.raw) for x in journal(self.metrics))
         start, self._end = self._end, None  # after a failed write, look again
         self._end = append(self.metrics, line.encode() + b"\n", start)
+
+    def _size(self) -> int:
+        return self.metrics.stat().st_size if self.metrics.is_file() else 0
 
     def rewind(self, round: int) -> None:
         """Forget what was recorded after this many rounds: later rounds and the end of the run."""

@@ -77,9 +77,9 @@ def reproduce(h: History) -> str:
 def shown(value: Json) -> str:
     """A setting as text."""
     if isinstance(value, str):
-        return value
+        return value or "not set"
     if isinstance(value, list | tuple):
-        return ", ".join(shown(x) for x in value)
+        return ", ".join(shown(x) for x in value) or "none"
     return "not set" if value is None else json.dumps(value, ensure_ascii=False)
 
 

@@ -224,6 +224,20 @@ def test_impossible_splits_are_refused_when_made(fields: dict[str, float], messa
         Split(**fields)
 
 
+@pytest.mark.parametrize("partitioner", [Iid(6), Natural()], ids=repr)
+def test_clients_are_held_out_from_independently(partitioner: Partitioner) -> None:
+    who = tuple(f"user {i % 6}" for i in range(240))
+    data = Table("lm", tuple(map(str, range(240))), ("x",) * 240, (), who)
+    found = federate(data, partitioner, Split(0.25, 0.2, 0.2), 1)
+    places_of_validation = [
+        tuple(np.searchsorted(np.sort(np.concatenate(parts)), parts[1]).tolist())
+        for parts in zip(found.train, found.validation, found.test, strict=True)
+    ]
+    assert len(set(places_of_validation)) == 6
+    other = federate(data, partitioner, Split(0.25, 0.2, 0.2), 2)
+    assert other.central.tolist() != found.central.tolist()
+
+
 @pytest.mark.parametrize("partitioner", EACH, ids=repr)
 def test_another_seed_gives_other_rows_everywhere(partitioner: Partitioner) -> None:
     one, two = (federate(table(), partitioner, Split(), seed, 200) for seed in (1, 2))

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-import cloudpickle
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -67,6 +66,8 @@ def test_a_node_with_data_of_its_own_has_a_participant_of_its_own() -> None:
 
 
 def test_an_app_that_was_pickled_for_another_process_shares_that_processes_participant() -> None:
+    from ray import cloudpickle  # slow to import
+
     BUILT.clear()
     app = client_app(build)
     for number in (0, 1):

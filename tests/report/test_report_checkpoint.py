@@ -192,6 +192,33 @@ def test_extras_that_json_would_change_are_refused() -> None:
         encode(state(), {"x": float("nan")})
 
 
+def test_what_numpy_does_not_know_comes_back_in_a_process_that_has_not_met_it(tmp_path: Path) -> None:
+    Checkpoints(tmp_path).save(state(), {})
+    script = (
+        "import sys; from pathlib import Path; from fedpeft.report import Checkpoints\n"
+        "assert 'ml_dtypes' not in sys.modules\n"
+        "x = Checkpoints(Path(sys.argv[1])).load().state.adapter.fixed['projection']\n"
+        "print(x.dtype.name, x.tobytes().hex())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["bfloat16", state().adapter.fixed["projection"].tobytes().hex()]
+
+
+def test_a_tensor_that_holds_no_numbers_is_refused() -> None:
+    odd = replace(state(), memory={"m": np.array([None])})
+    with pytest.raises(ValueError, match="a checkpoint holds numbers; got an array of Python objects"):
+        encode(odd, {})
+
+
+def test_a_path_that_is_no_file_or_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "round-00001.safetensors").mkdir()
+    with pytest.raises(DataError, match=r"round-00001\.safetensors: can't be read"):
+        read(tmp_path / "round-00001.safetensors")
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(DataError, match=r"round-00007\.safetensors: not written \(File exists\)"):
+        Checkpoints(tmp_path / "checkpoints").save(state(), {})
+
+
 KILLED = """
 import sys
 from pathlib import Path

@@ -112,3 +112,22 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
         write_whole(tmp_path / "gone" / "x", b"")
     with pytest.raises(DataError, match=r"gone/x: not written \(No such file"):
         append(tmp_path / "gone" / "x", b"", 0)
+
+
+def test_a_file_system_that_cannot_settle_names_is_used_all_the_same_and_another_error_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = errno.EINVAL
+    real = os.fsync
+
+    def picky(file: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{file}"):
+            raise OSError(code, os.strerror(code))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", picky)
+    write_whole(tmp_path / "x", b"content")
+    assert (tmp_path / "x").read_bytes() == b"content"
+    code = errno.EIO
+    with pytest.raises(DataError, match="Input/output error"):
+        write_whole(tmp_path / "x", b"content")

@@ -206,3 +206,28 @@ def test_an_error_inside_a_held_folder_is_not_mistaken_for_another_writer(tmp_pa
 def test_other_files_are_put_in_whole(tmp_path: Path) -> None:
     folder = make(tmp_path)
     assert folder.write("notes.md", "ü").read_bytes() == "ü".encode()
+
+
+def test_a_path_that_is_no_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("a file")
+    with pytest.raises(DataError, match=r"x: not written \(File exists\)"):
+        RunFolder.create(tmp_path / "x", "")
+    folder = make(tmp_path)
+    folder.metrics.mkdir()
+    with pytest.raises(DataError, match=r"metrics\.jsonl: can't be read"):
+        history(folder.path)
+    (folder.path / ".writing").mkdir()
+    with pytest.raises(DataError, match=r"\.writing: not written"), folder.held():
+        pytest.fail("held")
+
+
+def test_two_views_of_one_run_do_not_write_over_one_another(tmp_path: Path) -> None:
+    one = make(tmp_path)
+    two = RunFolder.open(one.path)
+    for t, view in enumerate([one, two, two, one], start=1):
+        view.append(RoundRecord(round=t))
+    assert rounds(one) == [1, 2, 3, 4]
+    two.rewind(2)
+    one.append(RoundRecord(round=3, seconds=5.0))
+    assert rounds(one) == [1, 2, 3]
+    assert one.metrics.read_bytes().count(b"\0") == 0

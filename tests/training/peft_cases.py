@@ -174,16 +174,18 @@ _OPTIONS: Mapping[str, Mapping[str, object]] = {
 _ONLY = {"adaption_prompt": ("llama",), "shadow": ("llama",), "trainable_tokens": ("llama",)}
 _PROMPTS = ("cartridge", "p_tuning", "prefix_tuning", "prompt_tuning")
 _EVERYWHERE = (
-    "lora adalora beft boft c3a deft delora fourierft frod glora gralora hira hra ia3 lily ln_tuning loha lokr miss oft "
-    "osf peanut psoft pvera randlora road shira supertuning tinylora unilora vblora vera waveft"
-).split()
+    *("lora", "adalora", "beft", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira"),
+    *("hra", "ia3", "lily", "ln_tuning", "loha", "lokr", "miss", "oft", "osf", "peanut", "psoft", "pvera", "randlora"),
+    *("road", "shira", "supertuning", "tinylora", "unilora", "vblora", "vera", "waveft"),
+)
 
 METHODS: tuple[str, ...] = (*_EVERYWHERE, *_PROMPTS, *_ONLY)
 """The methods that federate."""
 
 
 def _plain() -> list[Case]:
-    models = {m: ("bert", "llama", "vit") for m in _EVERYWHERE} | {m: ("bert", "llama") for m in _PROMPTS} | _ONLY
+    models: dict[str, tuple[str, ...]] = {}
+    models |= dict.fromkeys(_EVERYWHERE, ("bert", "llama", "vit")) | dict.fromkeys(_PROMPTS, ("bert", "llama")) | _ONLY
     return [
         Case(f"{m}-{model}", model, Method(m, rank=4, options=_OPTIONS.get(m, {})))
         for m, on in models.items()
