@@ -48,7 +48,9 @@ def main() -> None:
     try:
         app()
     except (ConfigError, DataError, ProtocolError) as error:
-        Console(stderr=True).print("error:", str(error), style="bold red", highlight=False, markup=False, soft_wrap=True)
+        Console(stderr=True).print(
+            "error:", str(error), style="bold red", highlight=False, markup=False, soft_wrap=True
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; `fedpeft resume RUN` goes on from the last checkpoint")

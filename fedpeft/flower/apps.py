@@ -25,8 +25,9 @@ def client_app(build: Build) -> ClientApp:
     """A ClientApp whose node serves the client that its config's ``partition-id`` names.
 
     build: makes a participant from a message's settings (JSON) and the node's config, without its
-    ``partition-id`` unless the node has ``data`` of its own. It is called once for each settings in a process, so the base model stays loaded.
-    It must be importable by name, because Flower's simulation runtime pickles the app.
+    ``partition-id`` unless the node has ``data`` of its own. It is called once for each settings in a
+    process, so the base model stays loaded. It must be importable by name, because Flower's simulation
+    runtime pickles the app.
     """
     app = ClientApp()
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -70,7 +71,9 @@ def export_merged(bridge: Bridge, folder: Path, tokenizer: PreTrainedTokenizerBa
     _untie(twin)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        merged: PreTrainedModel = twin.merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`", UserWarning)  # No longer.
+            merged: PreTrainedModel = twin.merge_and_unload()
         _unwrap(merged)
         _tie(merged)
         merged.save_pretrained(str(folder))

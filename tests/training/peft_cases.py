@@ -36,8 +36,9 @@ PEFT_WARNINGS = (
     "ignore:Detected that the base layer has no bias term",
     "ignore:Unsupported layer type",
     "ignore:Sparse invariant checks",
+    "ignore:Model has `tie_word_embeddings=True`",
     "ignore:Model with `tie_word_embeddings=True`",
-    "ignore:Some target modules were present in both",
+    "ignore:Specified to not save vera_A",
 )
 
 
@@ -271,10 +272,9 @@ def attach(case: Case, seed: int) -> Bridge:
     return Bridge.attach(build(case.model), case.method, case.task, seed)
 
 
-def changed(before: Mapping[str, Tensor], model: torch.nn.Module) -> list[str]:
-    """Names of tensors in ``before`` that are no longer as they were."""
-    now = dict(model.named_parameters())
-    return [n for n, x in before.items() if n not in now or not torch.equal(x, now[n])]
+def changed(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
+    """Names in ``now`` of tensors that are not as they were ``before``."""
+    return [n for n, x in now.items() if not torch.equal(x, before[n])]
 
 
 def rescaled(adapter: Adapter, factor: float) -> Adapter:
