@@ -103,9 +103,9 @@ def run_all(sweep: Sweep, start: Settings, folder: Path, view: View, large: bool
 
 
 def key_of(settings: Settings) -> str:
-    """Twelve hex digits of the hash of all settings but the name and the baselines, which change no result."""
+    """Twelve hex digits of the hash of all settings but the run's names."""
     full = experiment(settings).settings
-    kept = {k: v for k, v in full.items() if k not in ("name", "baselines")}
+    kept = {k: v for k, v in full.items() if k not in ("name", "run")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -113,8 +113,8 @@ def _search(search: Search, settings: Settings, folder: Path, view: View, name: 
     scores: dict[float, float] = {}
     for value in search.values:
         view.note(f"{name}: {search.key} = {value:g}, seed {search.seed}")
-        changes = ((search.key, value), ("seed", search.seed), ("name", name), ("baselines", {"base": False}))
-        path = _one(_changed(settings, changes), folder, view)
+        changes = ((search.key, value), ("seed", search.seed), ("name", name))
+        path = _one(_changed(settings, changes), folder, view, baselines=False)
         validation = history(path).rounds[-1].validation
         if validation is None or validation.accuracy is None or validation.loss is None:
             raise ConfigError("evaluation.clients: got false; a sweep that chooses needs the clients' validation rows")
@@ -124,9 +124,10 @@ def _search(search: Search, settings: Settings, folder: Path, view: View, name: 
     return best
 
 
-def _one(settings: Settings, folder: Path, view: View) -> Path:
+def _one(settings: Settings, folder: Path, view: View, baselines: bool = True) -> Path:
+    """The folder of one run, which is run, or gone on with, as far as it is not done."""
     path = folder / key_of(settings)
-    simulate(experiment(settings), path, view)
+    simulate(experiment(settings), path, view, baselines=baselines)
     return path
 
 

@@ -76,8 +76,8 @@ def instead(node: ast.AST) -> Iterator[ast.AST]:
                 yield ast.BinOp(right, op, left)
             yield from (left, right)
         case ast.Compare(left, ops, comparators):
-            for i, op in enumerate(ops):
-                for other in SWAPS[type(op)]:
+            for i, compared in enumerate(ops):
+                for other in SWAPS[type(compared)]:
                     yield ast.Compare(left, [*ops[:i], other(), *ops[i + 1 :]], comparators)
         case ast.BoolOp(op, values):
             yield ast.BoolOp(SWAPS[type(op)][0](), values)

@@ -40,4 +40,6 @@ class LowRank:
         more = rank - self.rank
         if more < 0:
             raise ValueError(f"can't pad rank {self.rank} to {rank}: want at least {self.rank}")
+        if not more:
+            return self
         return replace(self, a=np.pad(self.a, ((0, more), (0, 0))), b=np.pad(self.b, ((0, 0), (0, more))))

@@ -43,7 +43,7 @@ class PlainChannel:
         """Raise ProtocolError for a term that may not be added: not finite, too heavy or too long."""
         if not np.isfinite(term).all():
             raise ProtocolError("the update holds NaN or infinity")
-        weight = float(term[size])
+        weight = term[size]
         if not 0 < weight <= largest_weight * ROUNDING:
             raise ProtocolError(f"the update has weight {weight:g}; want more than 0 and at most {largest_weight:g}")
         length = np.linalg.norm(term[:size].astype(np.float64)) / weight

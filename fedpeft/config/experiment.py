@@ -250,6 +250,14 @@ def _combinations(found: Experiment) -> None:
             f"rule.name: {found.settings['rule']['name']} tells factors a and b apart, and adapter.method "
             f'{found.adapter.method!r} has none; use fedit, or adapter.method = "lora"'
         )
+    if found.fleet.own_data and not found.data.classes and found.data.task != "lm":
+        raise ConfigError(
+            "data.classes: is missing; want the labels in the order of their numbers where fleet.own_data is set, "
+            "since "
+            'one node\'s file need not hold them all (for prompts and replies want data.task = "lm")'
+        )
+    if found.fleet.own_data and found.fleet.nodes is None:
+        raise ConfigError("fleet.nodes: is missing; want the number of nodes where each has data of its own")
     if found.fleet.own_data and found.evaluation.central:
         raise ConfigError("evaluation.central: there is no central test set where fleet.own_data is set; want false")
 

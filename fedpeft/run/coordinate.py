@@ -32,8 +32,8 @@ class Coordinator:
         """
         found = self.found
         fleet = muster(grid, found.rule, found.settings_json, clients, found.fleet.wait)
-        for client, why in fleet.refused:
-            self.view.note(f"client {client} can't take part: {why}")
+        for why in fleet.refused:
+            self.view.note(why)
         if fleet.start is None:
             raise ProtocolError("no node gave the adapter to start from")
         state = self._begin(fleet.start)

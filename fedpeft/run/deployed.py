@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from fedpeft.config import Experiment, read
-from fedpeft.errors import ConfigError
+from fedpeft.config import read
 from fedpeft.flower import Grid
 from fedpeft.report import write_report
 from fedpeft.run.coordinate import Coordinator
@@ -27,14 +26,10 @@ def serve_run(grid: Grid, run_config: Mapping[str, Scalar]) -> None:
     with folder.held():
         here = None if found.fleet.own_data else workshop(found.settings_json)
         record(folder, found, here)
-        Coordinator(found, folder, Lines()).run(grid, _clients(found) if here is None else here.federation.clients)
+        clients = found.fleet.nodes if here is None else here.federation.clients
+        assert clients is not None  # config refuses own_data without fleet.nodes
+        Coordinator(found, folder, Lines()).run(grid, clients)
         if here is not None and find_spec("torch") is not None:
             finish(folder, here)
         else:
             write_report(path)
-
-
-def _clients(found: Experiment) -> int:
-    if found.fleet.nodes is None:
-        raise ConfigError("fleet.nodes: is missing; want the number of nodes, each with data of its own")
-    return found.fleet.nodes

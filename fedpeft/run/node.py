@@ -56,7 +56,9 @@ def workshop(settings_json: str, data: str | None = None, client: int = 0) -> Wo
     """
     found = experiment(json.loads(settings_json))
     if data is not None:
-        return Workshop(found, own(load(replace(found.data, name=data)), found.split, found.seed, client))
+        return Workshop(
+            found, own(load(replace(found.data, name=data)), found.split, found.seed, client, found.data.examples)
+        )
     if found.fleet.own_data:
         raise ConfigError('data: fleet.own_data is set, and this node\'s config has no data; want data = "FILE" in it')
     federation = federate(load(found.data), found.partition, found.split, found.seed, found.data.examples)

@@ -24,11 +24,14 @@ from fedpeft.run.view import View
 _PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "safetensors")
 
 
-def simulate(found: Experiment, path: Path, view: View, force: bool = False, fresh: bool = False) -> Path:
+def simulate(
+    found: Experiment, path: Path, view: View, force: bool = False, fresh: bool = False, baselines: bool = True
+) -> Path:
     """Run the experiment with all its clients in this process, into the folder ``path``, which is returned.
 
     A run that is there already goes on from its last checkpoint, and one that is done stays as it is;
-    with ``fresh`` a folder that holds a run is refused, or emptied if ``force`` is set.
+    with ``fresh`` a folder that holds a run is refused, or emptied if ``force`` is set. Baselines that the
+    experiment asks for and that are not there yet are measured at the end, unless ``baselines`` is off.
     """
     folder, found = opened(found, path, fresh, force)
     with folder.held():
@@ -37,9 +40,9 @@ def simulate(found: Experiment, path: Path, view: View, force: bool = False, fre
         clients = here.federation.clients
         grid = in_process(participant, clients, {"state": str(path / "clients")})
         start = Coordinator(found, folder, view).run(grid, clients)
-        done = frozenset(history(path).baselines)
-        for baseline in measure(found, here, start, view, done):
-            folder.append(baseline)
+        if baselines:
+            for baseline in measure(found, here, start, view, frozenset(history(path).baselines)):
+                folder.append(baseline)
         finish(folder, here)
     return path
 
@@ -50,7 +53,8 @@ def opened(found: Experiment, path: Path, fresh: bool, force: bool) -> tuple[Run
         found = experiment({**found.settings, "run": token_hex(8)})
         return RunFolder.create(path, tomli_w.dumps({**found.settings, "versions": versions()}), force), found
     there = stored(path)
-    if {**there.settings, "run": ""} != {**found.settings, "run": ""}:
+    own = {"run": "", "name": ""}
+    if there.settings | own != found.settings | own:
         raise ConfigError(f"{path}: holds a run with other settings; name another folder, or use --force")
     return RunFolder.open(path), there
 

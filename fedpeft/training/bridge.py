@@ -101,7 +101,8 @@ class Bridge:
                 torch.default_generator.manual_seed(seed)
                 wrapped = get_peft_model(model, config)
         except _REFUSALS as error:
-            raise ConfigError(f"adapter: peft can't put {method.name} on {type(model).__name__}: {error}") from error
+            why = " ".join(str(error).split())
+            raise ConfigError(f"adapter: peft can't put {method.name} on {type(model).__name__}: {why}") from error
         for x in wrapped.parameters():
             if x.requires_grad and x.dtype != torch.float32:
                 x.data = x.data.float()

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,8 +46,10 @@ def export_peft(bridge: Bridge, folder: Path, origin: str | None = None) -> None
         saved.prefix_projection = False
     bridge.model.peft_config["default"] = saved
     try:
-        # No embedding is ever resized here, so none need be saved; peft would ask the hub to be sure.
-        bridge.model.save_pretrained(str(folder), save_embedding_layers=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*invalid shape", PeftWarning)  # It takes lora_bias for a broken shard.
+            # No embedding is ever resized here, so none need be saved; peft would ask the hub to be sure.
+            bridge.model.save_pretrained(str(folder), save_embedding_layers=False)
     finally:
         bridge.model.peft_config["default"] = config
     labels = _labels(bridge)
@@ -68,19 +71,19 @@ def export_merged(bridge: Bridge, folder: Path, tokenizer: PreTrainedTokenizerBa
     probe = _probe(bridge.task, bridge.model)
     twin = copy.deepcopy(bridge.model).float().eval()
     want = _logits(twin, probe)
-    _untie(twin)
+    is_tied = _untie(twin)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`", UserWarning)  # No longer.
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)  # That is settled here.
             merged: PreTrainedModel = twin.merge_and_unload()
         _unwrap(merged)
-        _tie(merged)
+        if is_tied:
+            _tie(merged)
         merged.save_pretrained(str(folder))
     except _ERRORS as error:
-        raise ConfigError(f"adapter.method: {name} can't be merged here: {error}; export to peft instead") from error
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"adapter.method: {name} can't be merged here: {why}; export to peft instead") from error
     kind = type(merged)
     del merged, twin
     again: nn.Module = kind.from_pretrained(str(folder), dtype=torch.float32)
@@ -133,12 +136,17 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return logits.float().cpu()
 
 
-def _untie(model: PeftModel) -> None:
-    """Give an output layer its own weights, so that merging into it, or into the embedding, leaves the other alone."""
+def _untie(model: PeftModel) -> bool:
+    """Give an output layer that is tied to the embedding its own weights; whether it was tied.
+
+    Merging into one of the two would change the other.
+    """
     out = model.get_output_embeddings()
     inner = out.get_base_layer() if isinstance(out, BaseTunerLayer) else out
-    if isinstance(inner, nn.Linear):
-        inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+    if not isinstance(inner, nn.Linear) or not getattr(model.config, "tie_word_embeddings", False):
+        return False
+    inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+    return True
 
 
 def _unwrap(model: PreTrainedModel) -> None:
@@ -152,12 +160,7 @@ def _tie(model: PreTrainedModel) -> None:
     """Tie the output layer to the embedding again if they are still equal, else say in the config that they aren't."""
     out: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers' own
     into = model.get_input_embeddings()
-    if (
-        getattr(model.config, "tie_word_embeddings", False)
-        and isinstance(out, nn.Linear)
-        and isinstance(into, nn.Embedding)
-    ):
-        if torch.equal(out.weight, into.weight):
-            model.tie_weights()
-        else:
-            model.config.tie_word_embeddings = False
+    is_equal = isinstance(out, nn.Linear) and isinstance(into, nn.Embedding) and torch.equal(out.weight, into.weight)
+    model.config.tie_word_embeddings = is_equal
+    if is_equal:
+        model.tie_weights()

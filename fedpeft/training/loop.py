@@ -57,7 +57,7 @@ class TorchTrainer:
             torch.set_num_threads(training.threads)
         table = federation.table
         frozen = load_base(model, table.task, table.classes, seed, place, progress)
-        _check(frozen, training)
+        training = _fitting(frozen, training)
         bridge = Bridge.attach(frozen.model, method, table.task, seed)
         return cls(frozen, bridge, training, federation, place, bridge.read())
 
@@ -67,7 +67,7 @@ class TorchTrainer:
         Device, precision and threads stay this one's. It is what the baselines are made of: alone, each
         client trains for as many epochs as all rounds have; centralised, one client holds all rows.
         """
-        _check(self.frozen, training)
+        training = _fitting(self.frozen, training)
         same = federation is self.federation and training.length == self.training.length
         return replace(self, federation=federation, training=training, _rows=self._rows if same else {})
 
@@ -138,8 +138,8 @@ def _reason(client: int | None, error: Exception) -> str:
     return f"{who}: {error}" if str(error) else f"{who}: {type(error).__name__}"
 
 
-def _check(base: Base, training: Training) -> None:
-    """Refuse rows that the model can't take."""
+def _fitting(base: Base, training: Training) -> Training:
+    """The settings with the side of images filled in; ConfigError for rows that the model can't take."""
     if base.pixels is not None:
         side = training.image_size or base.pixels.size
         if side % base.pixels.patch:
@@ -147,7 +147,8 @@ def _check(base: Base, training: Training) -> None:
             raise ConfigError(
                 f"training.image_size: got {side}; want a multiple of the model's patch of {patch} pixels"
             )
-        return
+        return replace(training, image_size=side)
     most = getattr(base.model.config, "max_position_embeddings", None)
     if most is not None and training.length > most:
         raise ConfigError(f"training.length: got {training.length}; the model takes at most {most} tokens")
+    return training

@@ -3,6 +3,11 @@
 Two things make a method impossible here. It changes tensors of the base at its start (the server
 and the clients no longer share one base), or it needs more at its start or at each step than a
 frozen base and a batch: data, gradients, other adapters, a task number.
+
+Refused whole: AdaMSS, CPT, multitask prompt tuning, Poly, X-LoRA. Of LoRA and AdaLoRA: the starts PiSSA,
+OLoRA, CorDA, EVA, LoRA-GA and LoftQ, and KaSA and Arrow. Of PVeRA: sampling in evaluation. All
+else of peft federates, for the tasks that it can do. Not every update can be merged into the base:
+prompts, prefixes, caches and updates that depend on the input can't.
 """
 
 from collections.abc import Callable, Mapping

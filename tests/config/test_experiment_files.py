@@ -23,6 +23,10 @@ alpha = 0.5
 
 
 def made(text=""):
+    """The experiment of BASE and more; a first line such as ``data.task = "lm"`` is a change to BASE."""
+    changes, _, rest = text.rpartition("\n[fleet]") if text.startswith("data.") else ("", "", text)
+    if changes:
+        return experiment(override_all(tomllib.loads(BASE + "[fleet]" + rest), [changes.replace(" ", "")]))
     return experiment(tomllib.loads(BASE + text))
 
 
@@ -74,7 +78,12 @@ def test_changes_from_the_command_line_are_toml_or_text():
         ("[fleet]\nnodes = 0", "fleet.nodes: got 0; want at least 1"),
         ('[simulation]\nengine = "warp"', "simulation.engine: got 'warp'; want one of 'loop'"),
         ('[adapter]\ntargets = "query"', "adapter.targets: got 'query'; want a list of text"),
-        ("[fleet]\nown_data = true", "evaluation.central: there is no central test set where fleet.own_data is set"),
+        ("[fleet]\nown_data = true", "data.classes: is missing; want the labels in the order of their numbers"),
+        ('data.task = "lm"\n[fleet]\nown_data = true', "fleet.nodes: is missing; want the number of nodes"),
+        (
+            'data.task = "lm"\n[fleet]\nnodes = 2\nown_data = true',
+            "evaluation.central: there is no central test set where fleet.own_data is set",
+        ),
         ('[rule]\nname = "ffa"\n[adapter]\nmethod = "ia3"', "rule.name: ffa tells factors a and b apart"),
         ('[rule]\nname = "median"\n[server]\nname = "adam"', "server.name: Median is not a mean"),
         ("[modle]\nname = 'x'", "modle: no such key or section; did you mean model?"),

@@ -38,7 +38,7 @@ alpha = 0.5
 length = 12
 threads = 1
 [baselines]
-base = false
+local = true
 """
 
 
@@ -57,7 +57,7 @@ def test_points_are_cases_times_grid(tmp_path):
 
 def test_the_key_of_a_run_depends_on_what_changes_its_result_alone():
     base = tomllib.loads(BASE)
-    assert sweep.key_of(base) == sweep.key_of({**base, "name": "other", "baselines": {"local": True}})
+    assert sweep.key_of(base) == sweep.key_of({**base, "name": "other", "run": "again"})
     assert sweep.key_of(base) != sweep.key_of({**base, "seed": 5})
 
 

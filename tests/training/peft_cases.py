@@ -244,7 +244,7 @@ CASES: tuple[Case, ...] = (
     _variant("miss-bat", method="miss", init_weights="bat"),
     _variant("miss-mini", method="miss", init_weights="mini", mini_r=2),
     _variant("oft-block", method="oft", oft_block_size=6),
-    _variant("oft-constrained", method="oft", coft=True),
+    _variant("oft-constrained", method="oft", coft=True, eps=1.0),
     _variant("oft-shared", method="oft", block_share=True),
     _variant("oft-exact", method="oft", use_cayley_neumann=False),
     _variant("osf-rank", method="osf", effective_rank=5),

@@ -36,7 +36,7 @@ def test_a_method_is_tested_on_every_task_that_it_is_not_refused_for() -> None:
 
 @pytest.mark.parametrize("name", refusals.METHODS)
 def test_a_method_that_cannot_federate_is_refused_with_its_reason(name: str) -> None:
-    with pytest.raises(ValueError, match="method: got .*, which can't be federated: ") as error:
+    with pytest.raises(ValueError, match=r"method: got .*, which can't be federated: ") as error:
         Method(name.upper())
     assert refusals.METHODS[name] in str(error.value)
 
@@ -74,6 +74,7 @@ def test_other_values_of_those_options_are_not_refused(value: object) -> None:
     assert Method(options={"init_lora_weights": value}).config("lm").init_lora_weights == value  # type: ignore[attr-defined]  # of LoRA
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.parametrize(
     "settings", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"kasa_config": KasaConfig()}]
 )
