@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fedpeft import __version__
 from fedpeft.errors import ConfigError, DataError, ProtocolError
-from fedpeft.terminal import Terminal, headline, size
+from fedpeft.terminal import Terminal, headline, size, words
 from fedpeft.training.environment import prepare
 
 app = typer.Typer(
@@ -177,8 +177,8 @@ def doctor(
     found = {**models(), **data_sets()} if assets else {**facts(), **models(), **data_sets()}
     table = Table(show_header=False, box=None)
     for what, value in found.items():
-        table.add_row(f"[bold]{what}[/]", str(value))
-    console.print(table, highlight=False)
+        table.add_row(f"[bold]{what}[/]", "\n".join(words(value)))
+    console.print(table, highlight=False, soft_wrap=True)
 
 
 @app.callback(invoke_without_command=True)

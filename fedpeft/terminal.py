@@ -1,6 +1,7 @@
 """A run as lines and bars on a terminal."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -92,6 +93,13 @@ def headline(folder: Path) -> Table:
         numbers = (central and central.accuracy, central and central.loss, sum(own) / len(own) if own else None)
         table.add_row(name, *("-" if x is None else f"{x:.4f}" for x in (*numbers, min(own, default=None))))
     return table
+
+
+def words(value: object) -> list[str]:
+    """A fact in lines of text: what is nested, a line each; large numbers of bytes for people."""
+    if isinstance(value, Mapping):
+        return [f"{k}: {line}" for k, x in value.items() for line in words(x)]
+    return [size(value) if isinstance(value, int) and value >= 1_000_000 else str(value)]
 
 
 def size(count: float) -> str:

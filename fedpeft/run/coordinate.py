@@ -115,7 +115,8 @@ class Coordinator:
     def _open(self, state: ServerState, cohort: Sequence[int], clients: int) -> Round:
         found = self.found
         ranks = dict.fromkeys(cohort, WHOLE)
-        quorum, enough = found.selection.least(clients), found.selection.wanted(clients)
+        quorum = found.selection.least(clients)
+        enough = found.selection.wanted(clients) if found.selection.over else None
         largest = found.weighting.largest
         if isinstance(found.rule, ListRule):
             return ListRound(state, ranks, quorum, found.channel, enough, largest, rule=found.rule)

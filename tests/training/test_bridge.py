@@ -11,9 +11,9 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from fedpeft.adapters import Adapter, Layer, LowRank, Spec, same
+from fedpeft.adapters import same
 from fedpeft.errors import ConfigError
-from fedpeft.training.bridge import Bridge, shape_fingerprint
+from fedpeft.training.bridge import Bridge
 from fedpeft.training.methods import Method
 from tests.training.peft_cases import PEFT_WARNINGS, TASKS, build, logits, rescaled, spread, train
 
@@ -277,28 +277,3 @@ def test_an_unknown_architecture_gets_its_attention_projections() -> None:
     model.config.model_type = "something-new"
     spec = Bridge.attach(model, Method(rank=5), "classify", seed=1).spec
     assert [x.name.rsplit(".", 1)[-1] for x in spec.layers] == ["query", "value"]
-
-
-def test_a_shape_has_one_fingerprint_and_every_part_of_it_counts() -> None:
-    spec = Spec((Layer("q", 7, 5, 3, 2.0), Layer("v", 4, 5, 3, 2.0)), (("head", (3, 7)),))
-    layer = spec.layers[0]
-    others = [
-        replace(spec, layers=(changed, spec.layers[1]))
-        for changed in (
-            replace(layer, name="k"),
-            replace(layer, d=8),
-            replace(layer, k=6),
-            replace(layer, rank=4),
-            replace(layer, scale=2.5),
-        )
-    ] + [
-        replace(spec, layers=spec.layers[::-1]),
-        replace(spec, dense=()),
-        replace(spec, dense=(("head", (7, 3)),)),
-        replace(spec, dense=(("tail", (3, 7)),)),
-    ]
-    prints = [shape_fingerprint(x) for x in (spec, *others)]
-    assert len(set(prints)) == len(prints)
-    assert shape_fingerprint(Adapter({"q": LowRank(np.ones((3, 5)), np.ones((7, 3)), 2.0)}).spec) == shape_fingerprint(
-        Spec((layer,))
-    )

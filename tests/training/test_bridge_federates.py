@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from fedpeft.adapters import same
+from fedpeft.training.bridge import Bridge
 from tests.training.peft_cases import (
     CASES,
     PEFT_WARNINGS,
     Case,
-    attach,
     build,
     changed,
     logits,
@@ -61,8 +61,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Seen
 
 def play(case: Case, folder: Path) -> tuple[NDArray[np.float32], float, list[str]]:
     """One round: the server's logits, how far the method alone moved them, and what of the base is not as it was."""
-    untouched = dict(build(case.model).named_parameters())
-    bridge = attach(case, seed=1)
+    model = build(case.model)
+    base = dict(model.named_parameters())
+    untouched = {n: x.detach().clone() for n, x in base.items()}
+    bridge = Bridge.attach(model, case.method, case.task, seed=1)
     start = bridge.read()
     state = one_round(bridge, case.model)
     (folder / f"{case.name}.pickle").write_bytes(pickle.dumps(state.adapter))
@@ -74,20 +76,10 @@ def play(case: Case, folder: Path) -> tuple[NDArray[np.float32], float, list[str
     bridge.write(start)
     moved = float((trained - logits(bridge.model, case.model)).abs().max())
     ours = {id(x) for x in bridge.trainable("ab").values()}
-    kept = {n: x for n, x in frozen_base(bridge.model, untouched).items() if id(x) not in ours}
+    there = {id(x) for x in bridge.model.parameters()}
+    assert all(id(x) in there for x in base.values()), "the method put other tensors in place of the base's"
+    kept = {n: x for n, x in base.items() if id(x) not in ours}
     return said.numpy(), moved, changed(untouched, kept)
-
-
-def frozen_base(model: torch.nn.Module, untouched: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The wrapped model's base parameters under their names in the bare model."""
-    found = {}
-    for name, x in model.named_parameters(remove_duplicate=False):
-        plain = name.replace("base_model.model.", "").replace("base_model.", "").replace("original_module.", "")
-        for wrapper in ("base_layer.", "token_adapter."):
-            plain = plain.replace(wrapper, "")
-        if plain in untouched:
-            found[plain] = x
-    return found
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda x: x.name)

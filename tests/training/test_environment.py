@@ -1,0 +1,92 @@
+"""The process's surroundings are set in time, and facts on them are to be had."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fedpeft.training import environment
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    for name, _ in environment._VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, _, _ in environment._ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_the_settings_reach_processes_that_are_started(clean):
+    environment.prepare()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert os.environ["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert os.environ["FLWR_DISABLE_UPDATE_CHECK"] == "1"
+    assert os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+    assert int(os.environ["MALLOC_TRIM_THRESHOLD_"]) == 1 << 30
+    assert int(os.environ["MALLOC_MMAP_THRESHOLD_"]) == 8 << 20
+
+
+def test_what_the_user_has_set_stays(clean):
+    clean.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    clean.setenv("MALLOC_TOP_PAD_", "4096")
+    environment.prepare()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert os.environ["MALLOC_TOP_PAD_"] == "4096"
+
+
+def test_settings_that_come_after_torch_are_said_to_be_late(clean):
+    clean.setitem(sys.modules, "torch", object())
+    assert not environment.prepare()
+    clean.delitem(sys.modules, "torch")
+    clean.delenv("OMP_WAIT_POLICY")
+    assert environment.prepare()
+
+
+def test_a_number_of_threads_is_given_to_torch_when_it_is_imported_and_when_it_will_be(clean):
+    seen = []
+    clean.setitem(sys.modules, "torch", type("Torch", (), {"set_num_threads": staticmethod(seen.append)}))
+    clean.setenv("OMP_NUM_THREADS", "7")
+    environment.prepare(threads=3)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert seen == [3]
+
+
+def test_settings_environment_memory_and_names_of_models_import_no_torch():
+    code = (
+        "import sys\n"
+        "import fedpeft.training.environment as e, fedpeft.training.settings, fedpeft.training.memory\n"
+        "from fedpeft.training.packaged import presence\n"
+        "e.models()\n"
+        "print([x for x in ('torch', 'transformers', 'peft') if x in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_cache_folder_is_the_users_choice(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDPEFT_CACHE", str(tmp_path))
+    assert environment.cache_folder() == tmp_path
+    monkeypatch.setenv("FEDPEFT_CACHE", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert environment.cache_folder() == tmp_path / ".cache" / "fedpeft"
+
+
+def test_facts_say_what_the_machine_has_and_how_fast_it_multiplies():
+    found = json.loads(json.dumps(environment.facts()))
+    assert found["cores"] >= 1
+    assert 0 < found["memory"]["available"] <= found["memory"]["total"]
+    assert found["precision"] in ("fp32", "bf16")
+    assert found["gflops"]["fp32"] > 0
+    assert found["gflops"]["bf16"] > 0
+    assert found["versions"]["torch"].startswith("2.")
+
+
+def test_the_models_of_the_packages_are_ready():
+    assert {name: text.split()[0] for name, text in environment.models().items()} == {
+        "minilm": "ready",
+        "smollm2": "ready",
+        "dinov2-small": "ready",
+    }

@@ -1,0 +1,83 @@
+"""What is minimised is what the formula says, at the positions that count."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft.training.bases import load_base
+from fedpeft.training.batches import collate, encode
+from fedpeft.training.devices import choose
+from fedpeft.training.objectives import Proximal, cross_entropy, predictions, right
+from fedpeft.training.settings import Model
+
+
+def test_the_gradient_of_the_proximal_term_is_mu_times_the_distance_for_both_signs():
+    start = [torch.tensor([1.0, -2.0, 0.5]), torch.tensor([[3.0], [-1.0]])]
+    now = [torch.tensor([1.5, -3.0, 0.5], requires_grad=True), torch.tensor([[2.0], [4.0]], requires_grad=True)]
+    term = Proximal(0.3)(now, start)
+    term.backward()
+    assert term.item() == pytest.approx(0.3 / 2 * (0.25 + 1 + 0 + 1 + 25))
+    torch.testing.assert_close(now[0].grad, torch.tensor([0.15, -0.3, 0.0]))
+    torch.testing.assert_close(now[1].grad, torch.tensor([[-0.3], [1.5]]))
+
+
+def test_the_proximal_term_refuses_lists_of_different_lengths():
+    with pytest.raises(ValueError, match="zip"):
+        Proximal(1.0)([torch.zeros(2)], [])
+
+
+def test_cross_entropy_is_minus_the_sum_of_log_probabilities():
+    logits = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
+    p = np.exp(logits.numpy())
+    want = -np.log(p[0, 2] / p[0].sum()) - np.log(p[1, 1] / p[1].sum())
+    assert cross_entropy(logits, torch.tensor([2, 1])).item() == pytest.approx(want, rel=1e-6)
+
+
+def test_right_counts_targets_with_the_largest_logit():
+    logits = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0], [0.0, 1.0, 5.0]])
+    assert right(logits, torch.tensor([0, 1, 1])) == 2
+
+
+@pytest.fixture
+def batch(dialogues):
+    base = load_base(Model("tiny-llama"), "lm", (), 0, choose("cpu"))
+    return base, collate(encode(dialogues, base, 40), np.arange(5), base, None, torch.device("cpu"))
+
+
+def test_the_head_sees_the_positions_that_are_predicted_and_the_logits_are_the_same(batch):
+    base, x = batch
+    seen = []
+    hook = base.head.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    with torch.no_grad():
+        few = predictions(base.model, base.head, x)
+        every = base.model(**x.inputs).logits[x.where]
+        without = predictions(base.model, None, x)
+    hook.remove()
+    assert seen[0] == (x.units, 24)
+    assert x.units < x.inputs["input_ids"].numel() / 2
+    # one product of fewer rows: sums in fp32 may differ in their last bits
+    torch.testing.assert_close(few, every, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(without, every, rtol=1e-5, atol=1e-6)
+    assert len(base.head._forward_pre_hooks) == 0
+
+
+def test_the_loss_is_transformers_own_with_the_prompt_masked(batch):
+    base, x = batch
+    labels = torch.full_like(x.inputs["input_ids"], -100)
+    labels[:, 1:][x.where[:, :-1]] = x.targets
+    with torch.no_grad():
+        want = base.model(**x.inputs, labels=labels).loss
+        got = cross_entropy(predictions(base.model, base.head, x), x.targets) / x.units
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_tokens_that_a_prompt_method_puts_before_the_text_are_left_out(batch):
+    base, x = batch
+    embedded = base.model.get_input_embeddings()(x.inputs["input_ids"])
+    prompt = torch.ones(len(embedded), 3, 24)
+    mask = torch.cat([torch.ones(len(embedded), 3, dtype=torch.int64), x.inputs["attention_mask"]], dim=1)
+    longer = type(x)({"inputs_embeds": torch.cat([prompt, embedded], dim=1), "attention_mask": mask}, x.targets, x.where)
+    with torch.no_grad():
+        got = predictions(base.model, base.head, longer)
+        want = base.model(**longer.inputs).logits[:, 3:][x.where]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
