@@ -1,5 +1,6 @@
 """Many runs from one file: cases x grid x seeds, each kept by the hash of its settings."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -10,7 +11,7 @@ from typing import Any
 
 from fedpeft.config import Settings, experiment, load, put
 from fedpeft.config.schema import build
-from fedpeft.errors import ConfigError
+from fedpeft.errors import ConfigError, ProtocolError
 from fedpeft.report import history
 from fedpeft.run import View, simulate
 
@@ -19,7 +20,8 @@ from fedpeft.run import View, simulate
 class Search:
     """A key chosen on validation: each of ``values`` is run with ``seed``, the best goes on to all seeds.
 
-    best: "accuracy" (highest) or "loss" (lowest), of the clients' validation rows after the last round.
+    best: "accuracy" (highest) or "loss" (lowest), of the clients' validation rows after the last round. A
+    value with which the run can't be finished, such as a learning rate that makes it diverge, is not chosen.
     """
 
     key: str
@@ -30,6 +32,8 @@ class Search:
     def __post_init__(self) -> None:
         if self.best not in ("accuracy", "loss"):
             raise ValueError(f"best: got {self.best!r}; want accuracy or loss")
+        if not self.values:
+            raise ValueError("values: got none; want at least one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,15 @@ class Sweep:
     grid: Mapping[str, Any] = field(default_factory=dict)
     large: Mapping[str, Any] = field(default_factory=dict)
     choose: Search | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("seeds: got none; want at least one")
+        for key, values in self.grid.items():
+            if isinstance(values, Mapping):
+                raise ValueError(f"grid.{key}: got a section; want a list of values, such as \"{key}.name\" = [...]")
+            if values == []:
+                raise ValueError(f"grid.{key}: got an empty list; want at least one value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +100,7 @@ def run_all(sweep: Sweep, start: Settings, folder: Path, view: View, large: bool
     A run that was cut off goes on from its checkpoint; one that is done is not run again.
     """
     if large:
-        start = _changed(start, tuple(sweep.large.items()))
+        start = _changed(start, tuple(_flat(sweep.large)))
     done: dict[str, list[Path]] = {}
     for point in points(sweep):
         settings = _changed(start, point.changes)
@@ -114,11 +127,24 @@ def _search(search: Search, settings: Settings, folder: Path, view: View, name: 
     for value in search.values:
         view.note(f"{name}: {search.key} = {value:g}, seed {search.seed}")
         changes = ((search.key, value), ("seed", search.seed), ("name", name))
-        path = _one(_changed(settings, changes), folder, view, baselines=False)
+        changed = _changed(settings, changes)
+        if not experiment(changed).evaluation.clients:
+            raise ConfigError("evaluation.clients: got false; a sweep that chooses needs the clients' validation rows")
+        try:
+            path = _one(changed, folder, view, baselines=False)
+        except ProtocolError as error:
+            view.note(f"{name}: {search.key} = {value:g} is left out: {error}")
+            continue
         validation = history(path).rounds[-1].validation
         if validation is None or validation.accuracy is None or validation.loss is None:
-            raise ConfigError("evaluation.clients: got false; a sweep that chooses needs the clients' validation rows")
+            view.note(f"{name}: {search.key} = {value:g} is left out: it has no finite validation {search.best}")
+            continue
         scores[value] = validation.accuracy if search.best == "accuracy" else -validation.loss
+    if not scores:
+        raise ConfigError(
+            f"choose.values: {name}: no run with {search.key} = {', '.join(f'{v:g}' for v in search.values)} could be "
+            f"judged on the clients' validation rows; want other values, or a larger split.validation"
+        )
     best = max(scores, key=lambda v: scores[v])
     view.note(f"{name}: {search.key} = {best:g} has the best validation {search.best}")
     return best
@@ -132,9 +158,9 @@ def _one(settings: Settings, folder: Path, view: View, baselines: bool = True) -
 
 
 def _changed(settings: Settings, changes: Sequence[tuple[str, Any]]) -> Settings:
-    out: Settings = json.loads(json.dumps(settings))
+    out = copy.deepcopy(settings)
     for key, value in changes:
-        put(out, key, value)
+        put(out, key, copy.deepcopy(value))
     return out
 
 

@@ -4,6 +4,7 @@ The dataclasses of the rooms are the schema: a section's keys are the fields of 
 a class refuses when it is made is reported under the section's name.
 """
 
+import copy
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -197,7 +198,7 @@ def load(path: Path) -> Settings:
 
 def override_all(settings: Mapping[str, Any], changes: Sequence[str]) -> Settings:
     """A copy of ``settings`` with each "section.key=value" in place; values are TOML, or else text."""
-    out: Settings = json.loads(json.dumps(settings))
+    out: Settings = copy.deepcopy(dict(settings))
     for change in changes:
         path, equals, text = change.partition("=")
         if not equals or not path.strip():
@@ -245,6 +246,8 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
 def _combinations(found: Experiment) -> None:
     if isinstance(found.rule, ListRule) and not isinstance(found.server, Averaging):
         raise ConfigError(f"server.name: {type(found.rule).__name__} is not a mean; want averaging with it")
+    if isinstance(found.rule, ListRule) and found.server != Averaging():
+        raise ConfigError(f"server.lr: got {found.server.lr}; {type(found.rule).__name__} takes its own step: want 1")
     if isinstance(found.rule, FactorMean) and found.rule.cycle != ("ab",) and found.adapter.name != "lora":
         raise ConfigError(
             f"rule.name: {found.settings['rule']['name']} tells factors a and b apart, and adapter.method "

@@ -23,7 +23,7 @@ class Choice:
 def choose(section: str, choices: Mapping[str, Choice], given: Mapping[str, Any], default: str) -> tuple[Any, Settings]:
     """The object that a section with a ``name`` describes, and its plain values with every default."""
     name = given.get("name", default)
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         raise ConfigError(f"{section}.name: got {name!r}; want one of {', '.join(sorted(choices))}")
     choice = choices[name]
     made = build(choice.cls, {k: v for k, v in given.items() if k != "name"}, section, choice.settled, f"{name} has ")

@@ -1,7 +1,7 @@
 """What a federation is compared with: no training, each client alone, and all rows in one place."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +10,7 @@ from fedpeft.adapters import Adapter
 from fedpeft.config import Experiment
 from fedpeft.data import Federation
 from fedpeft.report import BaselineRecord, Score
-from fedpeft.rounds import Done, Failed, Job, Metrics, Trainer, Trial, derive
+from fedpeft.rounds import Failed, Job, Metrics, Trainer, Trial, derive
 from fedpeft.run.node import Workshop
 from fedpeft.run.view import View
 from fedpeft.training.settings import Training
@@ -22,7 +22,8 @@ def measure(
     """The baselines that the experiment asks for and that are not ``done``, one by one.
 
     Local and central training take the passes over each row that the federation takes on average,
-    with one optimiser from beginning to end.
+    with one optimiser from beginning to end. A client that can't be trained or evaluated alone is left
+    out of its baseline, and ``view`` is told.
     """
     wanted = found.baselines
     for name, asked, make in (
@@ -37,32 +38,42 @@ def measure(
 
 def alone(found: Experiment, clients: int) -> Training:
     """The training of a client that never meets the others: as much as a client has in the federation on average."""
-    share = found.rounds * found.selection.wanted(clients) / clients
-    if found.training.steps is not None:
-        return replace(found.training, steps=max(1, round(share * found.training.steps)), prox=0.0)
-    return replace(found.training, epochs=max(1, round(share * found.training.epochs)), prox=0.0)
+    return _longer(found.training, found.rounds * found.selection.wanted(clients) / clients)
+
+
+def together(found: Experiment, clients: int) -> Training:
+    """The training on all rows in one place: as many epochs as ``alone``, or the steps of all clients."""
+    asked = found.rounds * found.selection.wanted(clients)
+    return _longer(found.training, asked if found.training.steps is not None else asked / clients)
+
+
+def _longer(training: Training, times: float) -> Training:
+    if training.steps is not None:
+        return replace(training, steps=max(1, round(times * training.steps)), prox=0.0)
+    return replace(training, epochs=max(1, round(times * training.epochs)), prox=0.0)
 
 
 def _base(found: Experiment, workshop: Workshop, start: Adapter, view: View) -> BaselineRecord:
     clients = range(workshop.federation.clients)
     view.work("base", len(clients) + 1)
-    each = {n: _score(workshop.trainer, Trial(n, "test", start), view) for n in clients}
-    return BaselineRecord("base", _central_score(found, workshop, workshop.trainer, start, view), _known(each))
+    each = {n: _own(workshop, n, start, view) for n in clients}
+    return BaselineRecord("base", _central_score(found, workshop, start, view), _known(each))
 
 
 def _local(found: Experiment, workshop: Workshop, start: Adapter, view: View) -> BaselineRecord:
-    """Every client trains alone; central is the mean over the clients."""
+    """Every client trains alone; central is the mean over the clients that could."""
     clients = range(workshop.federation.clients)
     trainer = workshop.trainer.over(workshop.federation, alone(found, len(clients)))
     view.work("clients alone", len(clients))
     own: dict[int, Metrics] = {}
     central: list[Metrics] = []
-    for n, adapter in zip(clients, _trained(trainer, found, start, list(clients)), strict=True):
-        own[n] = _score(trainer, Trial(n, "test", adapter), None)
-        if found.evaluation.central:
-            central.append(_score(trainer, Trial(None, "test", adapter), None))
+    for n, adapter in _trained(trainer, found, start, clients, view):
+        own[n] = _score(trainer, Trial(n, "test", adapter), view)
+        if _has_central(found, workshop):
+            central.append(_score(trainer, Trial(None, "test", adapter), view))
         view.advance()
     mean = None
+    central = [x for x in central if x.units]
     if central:
         loss, accuracy = (float(np.mean([getattr(x, key) for x in central])) for key in ("mean_loss", "accuracy"))
         mean = Score(loss, accuracy, round(central[0].examples))
@@ -76,37 +87,51 @@ def _central(found: Experiment, workshop: Workshop, start: Adapter, view: View) 
     pooled: Federation = replace(
         whole, names=("all",), train=rows, validation=(rows[0][:0],), test=(rows[0][:0],), first=0
     )
-    trainer = workshop.trainer.over(pooled, alone(found, whole.clients))
+    trainer = workshop.trainer.over(pooled, together(found, whole.clients))
     view.work("all rows in one place", whole.clients + 1)
-    (adapter,) = _trained(trainer, found, start, [0])
-    each = {n: _score(workshop.trainer, Trial(n, "test", adapter), view) for n in range(whole.clients)}
-    return BaselineRecord(
-        "central-training", _central_score(found, workshop, workshop.trainer, adapter, view), _known(each)
-    )
+    for _, adapter in _trained(trainer, found, start, range(1), view):
+        each = {n: _own(workshop, n, adapter, view) for n in range(whole.clients)}
+        return BaselineRecord("central-training", _central_score(found, workshop, adapter, view), _known(each))
+    return BaselineRecord("central-training")
 
 
-def _trained(trainer: Trainer, found: Experiment, start: Adapter, clients: list[int]) -> Iterator[Adapter]:
+def _trained(
+    trainer: Trainer, found: Experiment, start: Adapter, clients: Iterable[int], view: View
+) -> Iterator[tuple[int, Adapter]]:
+    """Each client's trained adapter, but for those whose training failed."""
     jobs = [Job(n, 0, derive(found.seed, "baseline", n), start) for n in clients]
     for job, result in zip(jobs, trainer.train_many(jobs), strict=True):
         if isinstance(result, Failed):
-            raise RuntimeError(f"a baseline could not be trained: client {job.client}: {result.reason}")
-        assert isinstance(result, Done)
-        yield result.trained
+            view.note(f"left out of a baseline: {result.reason}")
+        else:
+            yield job.client, result.trained
 
 
-def _central_score(
-    found: Experiment, workshop: Workshop, trainer: Trainer, adapter: Adapter, view: View
-) -> Score | None:
-    if not found.evaluation.central:
+def _has_central(found: Experiment, workshop: Workshop) -> bool:
+    return found.evaluation.central and len(workshop.federation.central) > 0
+
+
+def _central_score(found: Experiment, workshop: Workshop, adapter: Adapter, view: View) -> Score | None:
+    if not _has_central(found, workshop):
         return None
-    return Score.of(_score(trainer, Trial(None, "test", adapter), view))
+    metrics = _score(workshop.trainer, Trial(None, "test", adapter), view)
+    view.advance()
+    return Score.of(metrics) if metrics.units else None
 
 
-def _score(trainer: Trainer, trial: Trial, view: View | None) -> Metrics:
+def _own(workshop: Workshop, client: int, adapter: Adapter, view: View) -> Metrics:
+    metrics = _score(workshop.trainer, Trial(client, "test", adapter), view)
+    view.advance()
+    return metrics
+
+
+def _score(trainer: Trainer, trial: Trial, view: View) -> Metrics:
+    """The trial's metrics; none where it failed, of which ``view`` is told."""
     (result,) = trainer.evaluate_many([trial])
-    if view is not None:
-        view.advance()
-    return Metrics() if isinstance(result, Failed) else result
+    if isinstance(result, Failed):
+        view.note(f"left out of a baseline: {result.reason}")
+        return Metrics()
+    return result
 
 
 def _known(metrics: dict[int, Metrics]) -> dict[int, Score]:

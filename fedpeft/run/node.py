@@ -48,12 +48,16 @@ class Workshop:
         return Counts(*federation.sizes()[client - federation.first])
 
 
-@lru_cache(maxsize=1)
 def workshop(settings_json: str, data: str | None = None, client: int = 0) -> Workshop:
     """The workshop for these settings; one is kept, so that a node's messages and a run's baselines share a base.
 
     data: a data set of this node's own, held by ``client``. Raises ConfigError, DataError.
     """
+    return _workshop(settings_json, data, client)
+
+
+@lru_cache(maxsize=1)  # which tells apart a default that is given and one that is not, so that is settled above
+def _workshop(settings_json: str, data: str | None, client: int) -> Workshop:
     found = experiment(json.loads(settings_json))
     if data is not None:
         return Workshop(

@@ -50,12 +50,12 @@ def settle(model: PreTrainedModel, method: Method, task: TaskName, fresh: Sequen
     if method.name in _CHOOSES_ITSELF or method.is_prompt or method.options.get("target_parameters"):
         return method
     if not method.targets:
-        targets = _usual(model, method)
-        options = dict(method.options)
-        if method.name == "ia3":
-            feedforward = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(_kind(model), [])
-            options.setdefault("feedforward_modules", [x for x in feedforward if x in targets])
-        method = replace(method, targets=targets, options=options)
+        method = replace(method, targets=_usual(model, method))
+    if method.name == "ia3":
+        # peft fills in the architecture's own, and then can't load a folder whose targets don't hold them
+        feedforward = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(_kind(model), [])
+        own = {"feedforward_modules": [x for x in feedforward if x in method.targets]}
+        method = replace(method, options=own | dict(method.options))
     if method.targets != ("all-linear",):
         _need_matches(model, method.targets)
         if method.name in _MATRIX_RANK:

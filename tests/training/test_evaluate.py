@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -108,5 +107,4 @@ def test_another_adapter_is_evaluated_as_itself(words):
     (job,) = words.train_many([Job(0, 0, 7, start)])
     one, two, three = words.evaluate_many([Trial(0, "train", x) for x in (start, job.trained, start)])
     assert one == three
-    assert two.loss < one.loss
-    assert np.isfinite(two.loss)
+    assert abs(two.loss - one.loss) > 1e-3

@@ -156,7 +156,7 @@ def test_checkpointing_changes_memory_and_not_the_result(sentences, dialogues, s
     plain = trainer(federation, model=model)
     saving = plain.over(federation, replace(plain.training, checkpointing=True))
     assert distance(trained(plain, 0)[0], trained(saving, 0)[0]) < 1e-6  # the same operations
-    assert not plain.frozen.model.is_gradient_checkpointing
+    assert not plain.frozen.model.is_activation_checkpointing
 
 
 def test_checkpointing_computes_layers_twice(sentences, share):
