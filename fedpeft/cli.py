@@ -32,6 +32,7 @@ Change = Annotated[
     list[str],
     typer.Option("-c", metavar="KEY=VALUE", help="Change one key, such as training.lr=0.01; may be repeated."),
 ]
+_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt: 128 and the signal's number
 Force = Annotated[bool, typer.Option("--force", help="Start over in a folder that holds an earlier run.")]
 
 
@@ -52,9 +53,10 @@ def main() -> None:
             "error:", str(error), style="bold red", highlight=False, markup=False, soft_wrap=True
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; `fedpeft resume RUN` goes on from the last checkpoint")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            Console(stderr=True).print("stopped; `fedpeft resume RUN` goes on from the last checkpoint")
+        raise
 
 
 @app.command()

@@ -55,7 +55,7 @@ class Sweep:
             raise ValueError("seeds: got none; want at least one")
         for key, values in self.grid.items():
             if isinstance(values, Mapping):
-                raise ValueError(f"grid.{key}: got a section; want a list of values, such as \"{key}.name\" = [...]")
+                raise ValueError(f'grid.{key}: got a section; want a list of values, such as "{key}.name" = [...]')
             if values == []:
                 raise ValueError(f"grid.{key}: got an empty list; want at least one value")
 

@@ -244,10 +244,12 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
 
 
 def _combinations(found: Experiment) -> None:
-    if isinstance(found.rule, ListRule) and not isinstance(found.server, Averaging):
-        raise ConfigError(f"server.name: {type(found.rule).__name__} is not a mean; want averaging with it")
-    if isinstance(found.rule, ListRule) and found.server != Averaging():
-        raise ConfigError(f"server.lr: got {found.server.lr}; {type(found.rule).__name__} takes its own step: want 1")
+    if isinstance(found.rule, ListRule):
+        rule = type(found.rule).__name__
+        if not isinstance(found.server, Averaging):
+            raise ConfigError(f"server.name: {rule} is not a mean; want averaging with it")
+        if found.server.lr != 1:
+            raise ConfigError(f"server.lr: got {found.server.lr}; {rule} is not a mean, and takes its own step: want 1")
     if isinstance(found.rule, FactorMean) and found.rule.cycle != ("ab",) and found.adapter.name != "lora":
         raise ConfigError(
             f"rule.name: {found.settings['rule']['name']} tells factors a and b apart, and adapter.method "

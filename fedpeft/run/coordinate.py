@@ -34,6 +34,13 @@ class Coordinator:
         fleet = muster(grid, found.rule, found.settings_json, clients, found.fleet.wait)
         for why in fleet.refused:
             self.view.note(why)
+        if len(fleet.nodes) < clients:
+            absent = [c for c in range(clients) if c not in fleet.nodes]
+            self.view.note(
+                f"going on with {len(fleet.nodes)} of {clients} clients, for this process's whole run: "
+                f"{', '.join(map(str, absent[:9]))}{', …' if len(absent) > 9 else ''} can't take part, or did not come "
+                f"within {found.fleet.wait:g} seconds (fleet.wait)"
+            )
         if fleet.start is None:
             raise ProtocolError("no node gave the adapter to start from")
         state = self._begin(fleet.start)

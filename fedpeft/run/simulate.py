@@ -132,5 +132,8 @@ def export_run(path: Path, to: str, out: Path | None) -> Path:
     bridge = workshop(stored(path).settings_json).trainer.bridge
     bridge.write(folder.checkpoints.load().state.adapter)
     target = out or path / {"peft": "adapter", "merged": "merged"}[to]
-    {"peft": export.export_peft, "merged": export.export_merged}[to](bridge, target)
+    if to == "merged":
+        export.export_merged(bridge, target)
+    else:
+        export.export_peft(bridge, target)
     return target

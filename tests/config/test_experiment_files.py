@@ -86,6 +86,8 @@ def test_changes_from_the_command_line_are_toml_or_text():
         ),
         ('[rule]\nname = "ffa"\n[adapter]\nmethod = "ia3"', "rule.name: ffa tells factors a and b apart"),
         ('[rule]\nname = "median"\n[server]\nname = "adam"', "server.name: Median is not a mean"),
+        ('[rule]\nname = "median"\n[server]\nlr = 0.5', "server.lr: got 0.5; Median is not a mean"),
+        ('[rule]\nname = ["fedit", "ffa"]', "rule.name: got ['fedit', 'ffa']; want one of"),
         ("[modle]\nname = 'x'", "modle: no such key or section; did you mean model?"),
     ],
 )
@@ -104,6 +106,7 @@ def test_a_bad_setting_is_named(text, message):
         ("seed=-1", "seed: got -1; want 0 or more"),
         ("partition=3", "partition: got 3; want a section, such as"),
         ("data={}", "data.name: is missing; want text"),
+        ("name=2026-01-01", "name: got datetime.date(2026, 1, 1); want text"),
     ],
 )
 def test_a_bad_change_is_named(change, message):

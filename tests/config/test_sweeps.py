@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fedpeft import sweep
-from fedpeft.errors import ConfigError
+from fedpeft.errors import ConfigError, ProtocolError
+from fedpeft.report import History, RoundRecord, RunRecord, Score, Scores
 from fedpeft.run import Lines
 
 SWEEP = """
@@ -71,12 +72,49 @@ def test_the_key_of_a_run_depends_on_what_changes_its_result_alone():
             'name = "s"\nbase = "base.toml"\n[choose]\nkey = "a"\nvalues = [1]\nseed = 1\nbest = "f1"',
             "choose.best: got 'f1'",
         ),
+        ('name = "s"\nbase = "base.toml"\nseeds = []', "s.toml.seeds: got none"),
+        (
+            'name = "s"\nbase = "base.toml"\n[choose]\nkey = "a"\nvalues = []\nseed = 1',
+            "choose.values: got none; want at least one",
+        ),
+        ('name = "s"\nbase = "base.toml"\n[grid.rule]\nname = ["ffa"]', "s.toml.grid.rule: got a section; want a list"),
+        ('name = "s"\nbase = "base.toml"\n[grid]\n"rule.name" = []', "s.toml.grid.rule.name: got an empty list"),
     ],
 )
 def test_a_bad_sweep_is_named(tmp_path, text, message):
     with pytest.raises(ConfigError) as error:
         written(tmp_path, text)
     assert str(error.value).startswith(message)
+
+
+def test_large_settings_may_be_written_as_sections_and_leave_the_rest_of_a_section_alone(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep, "simulate", lambda found, path, view, baselines: seen.append(found))
+    found = written(tmp_path, 'name = "s"\nbase = "base.toml"\nseeds = [1]\n[large.partition]\nclients = 7')
+    sweep.run_all(found, tomllib.loads(BASE), tmp_path / "runs", Lines(), large=True)
+    assert [(x.partition.clients, x.partition.alpha) for x in seen] == [(7, 0.5)]
+
+
+CHOICE = 'name = "s"\nbase = "base.toml"\nseeds = [2]\n[choose]\nkey = "training.lr"\nvalues = [9e9, 1e-3]\nseed = 1'
+
+
+def test_a_value_that_diverges_is_not_chosen_and_does_not_stop_the_sweep(tmp_path, monkeypatch):
+    ran = []
+
+    def simulate(found, path, view, baselines):
+        if found.training.lr > 1:
+            raise ProtocolError("3 rounds in a row had too few answers")
+        ran.append((found.seed, found.training.lr))
+
+    one = RoundRecord(1, validation=Scores(0.5, 0.75, {0: Score(0.5, 0.75, 4)}))
+    monkeypatch.setattr(sweep, "simulate", simulate)
+    monkeypatch.setattr(sweep, "history", lambda path: History(path, RunRecord("s"), (one,)))
+    view = Counting()
+    sweep.run_all(written(tmp_path, CHOICE), tomllib.loads(BASE), tmp_path / "runs", view)
+    assert ran == [(1, 1e-3), (2, 1e-3)]
+    assert any("training.lr = 9e+09 is left out: 3 rounds in a row" in x for x in view.notes)
+    with pytest.raises(ConfigError, match=r"^choose\.values: s: no run with training\.lr = 9e\+09 could be judged"):
+        sweep.run_all(written(tmp_path, CHOICE.replace(", 1e-3", "")), tomllib.loads(BASE), tmp_path / "runs", view)
 
 
 class Counting(Lines):

@@ -166,6 +166,18 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(monkeypatch, capsys, tm
     assert "Traceback" not in said
 
 
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, experiment):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedpeft.run.simulate", stop)
+    monkeypatch.setattr("sys.argv", ["fedpeft", "run", str(experiment)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert "`fedpeft resume RUN` goes on from the last checkpoint" in capsys.readouterr().err
+
+
 def test_a_protocol_error_ends_the_command_with_its_reason(monkeypatch, capsys, experiment):
     def fail(*arguments, **options):
         raise ProtocolError("too few answers: got 1; want at least 2")
