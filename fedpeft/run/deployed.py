@@ -8,7 +8,7 @@ from fedpeft.config import read
 from fedpeft.flower import Grid
 from fedpeft.report import write_report
 from fedpeft.run.coordinate import Coordinator
-from fedpeft.run.node import Scalar, workshop
+from fedpeft.run.node import Scalar, without_data, workshop
 from fedpeft.run.simulate import finish, opened, record
 from fedpeft.run.view import Lines
 
@@ -29,7 +29,7 @@ def serve_run(grid: Grid, run_config: Mapping[str, Scalar]) -> None:
         clients = found.fleet.nodes if here is None else here.federation.clients
         assert clients is not None  # config refuses own_data without fleet.nodes
         Coordinator(found, folder, Lines()).run(grid, clients)
-        if here is not None and find_spec("torch") is not None:
-            finish(folder, here)
+        if find_spec("torch") is not None:
+            finish(folder, here or without_data(found))
         else:
             write_report(path)

@@ -1,10 +1,14 @@
 """What a run would take, before it starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedpeft.config import Experiment
+from fedpeft.errors import ConfigError
 from fedpeft.rules import ServerState, Task
 from fedpeft.run.node import workshop
+
+ROUGHLY = 0.3
+"""How far the memory that is foretold may be off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,10 @@ class Forecast:
 
 
 def forecast(found: Experiment) -> Forecast:
-    """The forecast of a simulated run. Raises ConfigError or DataError for what can't run."""
+    """The forecast of a simulated run. Raises ConfigError or DataError for what can't run.
+
+    That includes a run on the CPU whose memory, foretold within 30 %, is surely more than the machine has.
+    """
     from fedpeft.training.environment import memory
     from fedpeft.training.memory import estimate
 
@@ -50,6 +57,14 @@ def forecast(found: Experiment) -> Forecast:
     base = sum(x.numel() for x in trainer.frozen.model.parameters())
     trained = sum(x.size for x in start.tensors().values())
     cohort = found.selection.wanted(clients)
+    training = replace(trainer.training, batch=min(trainer.training.batch, max(sizes)))
+    peak, machine = estimate(trainer.frozen.model.config, base, start.spec, training), memory()
+    if trainer.place.device.type == "cpu" and peak * (1 - ROUGHLY) > machine["total"]:
+        raise ConfigError(
+            f"training.batch: got {found.training.batch}, with which the run takes about {peak / 1e9:.3g} GB; "
+            f"this machine has {machine['total'] / 1e9:.3g} GB: use a smaller batch with training.accumulate, "
+            f"a smaller training.length, or training.checkpointing"
+        )
     return Forecast(
         clients=clients,
         cohort=cohort,
@@ -62,7 +77,7 @@ def forecast(found: Experiment) -> Forecast:
         bytes_up=up * found.rule.passes,
         bytes_down=down,
         bytes_once=once,
-        memory=estimate(trainer.frozen.model.config, base, start.spec, found.training),
-        available=memory()["available"],
+        memory=peak,
+        available=machine["available"],
         rounds_bytes=found.rounds * cohort * (up + down),
     )

@@ -7,8 +7,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fedpeft.config import Experiment, experiment
-from fedpeft.data import Federation, federate, load, own
+from fedpeft.data import Federation, Table, federate, load, own
 from fedpeft.errors import ConfigError, ProtocolError
 from fedpeft.flower import ClientStore, Counts, Participant
 from fedpeft.rounds import derive
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from fedpeft.training.loop import TorchTrainer
 
 Scalar = bool | int | float | str
+NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,17 @@ def _workshop(settings_json: str, data: str | None, client: int) -> Workshop:
             f"use more rows (data.examples), another seed, or rows without these classes"
         )
     return Workshop(found, federation)
+
+
+def without_data(found: Experiment) -> Workshop:
+    """A coordinator's workshop where every node has data of its own: a model and its adapter, and no rows.
+
+    data.task "auto" is taken as "classify"; for images of the nodes' own, data.task = "image" says so.
+    """
+    task = "classify" if found.data.task == "auto" else found.data.task
+    inputs = np.zeros((0, 1, 1), np.uint8) if task == "image" else ()
+    targets = () if task == "lm" else np.zeros(0, np.int64)
+    return Workshop(found, Federation(Table(task, inputs, targets, found.data.classes), (), (), (), (), NONE))
 
 
 def participant(settings_json: str, node_config: Mapping[str, Scalar]) -> Participant:

@@ -20,7 +20,7 @@ from fedpeft.flower import in_process
 from fedpeft.report import ClientData, RunFolder, RunRecord, history, write_report
 from fedpeft.run.baselines import measure
 from fedpeft.run.coordinate import Coordinator
-from fedpeft.run.node import Workshop, participant, workshop
+from fedpeft.run.node import Workshop, participant, without_data, workshop
 from fedpeft.run.view import View
 
 _PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "safetensors")
@@ -129,7 +129,8 @@ def export_run(path: Path, to: str, out: Path | None) -> Path:
     from fedpeft.training import export
 
     folder = RunFolder.open(path)
-    bridge = workshop(stored(path).settings_json).trainer.bridge
+    found = stored(path)
+    bridge = (without_data(found) if found.fleet.own_data else workshop(found.settings_json)).trainer.bridge
     bridge.write(folder.checkpoints.load().state.adapter)
     target = out or path / {"peft": "adapter", "merged": "merged"}[to]
     if to == "merged":

@@ -61,7 +61,9 @@ def _sizes(config: Mapping[str, object]) -> dict[str, int]:
         return 0
 
     width = number("hidden_size", "n_embd", "d_model", "dim")
-    inner = number("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim") or width * (number("mlp_ratio") or 4)
+    inner = number("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim") or width * (
+        number("mlp_ratio") or 4
+    )
     return {
         "width": width,
         "layers": number("num_hidden_layers", "n_layer", "num_layers", "n_layers"),

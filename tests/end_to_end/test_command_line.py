@@ -132,6 +132,13 @@ def test_check_refuses_what_cannot_run_and_names_the_key(experiment, change, kin
     assert message in str(error.value)
 
 
+def test_check_refuses_a_run_that_is_larger_than_the_machine(experiment, monkeypatch):
+    machine = {"total": 200_000_000, "available": 100_000_000}  # less than Python and torch take by themselves
+    monkeypatch.setattr("fedpeft.training.environment.memory", lambda: machine)
+    with pytest.raises(ConfigError, match=r"^training\.batch: got 8, with which the run takes about .* has 0\.2 GB"):
+        invoke("check", experiment)
+
+
 def test_a_class_that_no_client_trains_on_is_refused(experiment, tmp_path):
     file = tmp_path / "rare.csv"
     rows = [f"word {i},{'ab'[i % 2]}" for i in range(60)] + ["alone,rare"]

@@ -72,7 +72,7 @@ class Heard(Lines):
 
 
 def federation(central=3):
-    table = Table("classify", classes=("u", "v"), labels=np.arange(20) % 2, texts=tuple(map(str, range(20))))
+    table = Table("classify", tuple(map(str, range(20))), np.arange(20) % 2, ("u", "v"))
     rows = [np.arange(5 * i, 5 * i + 5) for i in range(4)]
     parts = [tuple(x[part] for x in rows) for part in (slice(0, 3), slice(3, 4), slice(4, 5))]
     return Federation(table, tuple("abcd"), *parts, np.arange(central))

@@ -1,5 +1,7 @@
 """A simulated run: what it loads, and what it does not depend on."""
 
+import sys
+
 import pytest
 
 import fedpeft.run.node as node
@@ -44,7 +46,7 @@ def test_a_run_whose_baseline_can_not_be_measured_has_its_report_and_adapter(set
         raise RuntimeError("out of memory")
         yield
 
-    monkeypatch.setattr("fedpeft.run.simulate.measure", fail)
+    monkeypatch.setattr(sys.modules["fedpeft.run.simulate"], "measure", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         simulate(experiment(settings), tmp_path / "run", Lines())
     assert (tmp_path / "run" / "report.html").is_file()

@@ -144,7 +144,12 @@ def test_an_image_model_says_its_pixels():
 @pytest.mark.parametrize(
     ("name", "task", "classes", "text"),
     [
-        ("no/such-model", "classify", ABC, "model.name: got 'no/such-model'; want minilm, smollm2, dinov2-small, tiny-bert"),
+        (
+            "no/such-model",
+            "classify",
+            ABC,
+            "model.name: got 'no/such-model'; want minilm, smollm2, dinov2-small, tiny-bert",
+        ),
         ("minilmm", "classify", ABC, "model.name: got 'minilmm'; want minilm"),
         ("./nowhere", "classify", ABC, "model.name: './nowhere' is not a model: there is no config.json in it"),
         ("tiny-vit", "classify", ABC, "model.name: 'tiny-vit' (vit) has no model for sequence classification"),
@@ -163,7 +168,9 @@ def test_a_folder_that_lacks_weights_of_its_layers_is_refused(copy):
     weights = load_file(copy / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lack 1 tensors of BertForSequenceClassification, such as bert\.encoder\.layer\.1"):
+    with pytest.raises(
+        ConfigError, match=r"lack 1 tensors of BertForSequenceClassification, such as bert\.encoder\.layer\.1"
+    ):
         base(copy)
 
 

@@ -110,7 +110,9 @@ def test_truncation_keeps_a_replys_start_and_drops_and_counts_rows_whose_reply_i
 
 
 def test_without_a_chat_template_prompt_and_reply_are_a_line_each(llama):
-    words = type(llama.words)(tokenizer_object=llama.words.backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    words = type(llama.words)(
+        tokenizer_object=llama.words.backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     plain = replace(llama, tokenizer=words)
     rows = encode(Table("lm", ("hi",), ("yes",)), plain, 64)
     assert words.decode(rows.tokens[0]) == "<s>hi\nyes</s>"
@@ -124,7 +126,9 @@ def test_plain_text_has_no_prompt_and_all_of_it_is_predicted(llama):
 
 
 def test_a_template_that_changes_what_stands_before_the_reply_is_refused(llama, monkeypatch):
-    monkeypatch.setattr(llama.words, "chat_template", "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    monkeypatch.setattr(
+        llama.words, "chat_template", "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     with pytest.raises(ConfigError, match="the chat template does not put the reply right after its generation prompt"):
         encode(Table("lm", ("hi",), ("yes",)), llama, 64)
 

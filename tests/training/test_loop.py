@@ -133,9 +133,7 @@ def test_the_factors_that_are_not_trained_stay_bit_for_bit(two):
 def _filled(adapter):
     """The layers with a b that is not zero, so that a has a gradient."""
     rng = np.random.default_rng(2)
-    return {
-        n: replace(x, b=0.1 * rng.standard_normal(x.b.shape).astype(np.float32)) for n, x in adapter.layers.items()
-    }
+    return {n: replace(x, b=0.1 * rng.standard_normal(x.b.shape).astype(np.float32)) for n, x in adapter.layers.items()}
 
 
 def test_accumulated_batches_are_one_batch_for_labels_and_for_replies_of_unequal_length(sentences, dialogues, share):
@@ -174,7 +172,11 @@ def test_a_larger_proximal_term_keeps_the_client_nearer(sentences, share):
     federation = share(sentences, 9)
     free = trainer(federation)
     moved = [
-        np.sqrt(sum(((x - y) ** 2).sum() for x, y in zip(a.tensors().values(), free.start().tensors().values(), strict=True)))
+        np.sqrt(
+            sum(
+                ((x - y) ** 2).sum() for x, y in zip(a.tensors().values(), free.start().tensors().values(), strict=True)
+            )
+        )
         for mu in (0.0, 1.0, 100.0)
         for a in trained(free.over(federation, replace(PLAIN, prox=mu, optimiser="sgd", lr=0.005)), 0)
     ]
@@ -195,7 +197,9 @@ def test_clipping_bounds_the_norm_of_a_step_over_all_tensors(sentences, share):
 def test_a_tail_acts_as_a_change_of_the_frozen_weights(two):
     start, rng = two.start(), np.random.default_rng(4)
     tail = {
-        n: LowRank(rng.standard_normal((5, 24)).astype(np.float32), 0.1 * rng.standard_normal((24, 5)).astype(np.float32), 0.7)
+        n: LowRank(
+            rng.standard_normal((5, 24)).astype(np.float32), 0.1 * rng.standard_normal((24, 5)).astype(np.float32), 0.7
+        )
         for n in start.layers
     }
     (without,) = two.train_many(jobs(start, 0))
@@ -277,11 +281,17 @@ def test_the_start_is_the_seeds(two, sentences, share):
     ("model", "changes", "text"),
     [
         ("tiny-bert", {"length": 129}, "training.length: got 129; the model takes at most 128 tokens"),
-        ("tiny-vit", {"image_size": 30}, "training.image_size: got 30; want a multiple of the model's patch of 7 pixels"),
+        (
+            "tiny-vit",
+            {"image_size": 30},
+            "training.image_size: got 30; want a multiple of the model's patch of 7 pixels",
+        ),
         ("tiny-bert", {"device": "abacus"}, "training.device: got 'abacus'; want auto, cpu, cuda, cuda:1 or mps"),
     ],
 )
-def test_settings_that_the_model_or_machine_can_not_run_are_refused_by_key(sentences, pictures, share, model, changes, text):
+def test_settings_that_the_model_or_machine_can_not_run_are_refused_by_key(
+    sentences, pictures, share, model, changes, text
+):
     federation = share(pictures if model == "tiny-vit" else sentences, 9)
     with pytest.raises(ConfigError) as error:
         trainer(federation, replace(PLAIN, **changes), model)

@@ -9,10 +9,10 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from fedpeft.adapters import Update
 from fedpeft.channel import PlainChannel
 from fedpeft.rounds import Job, SumRound, contribute, derive
 from fedpeft.rules import FactorMean, ServerState, Task
-from fedpeft.adapters import Update
 from fedpeft.training import packaged
 from fedpeft.training.loop import TorchTrainer
 from fedpeft.training.settings import Method, Model, Training
@@ -81,14 +81,35 @@ def live_name(name):
     return name
 
 
-def assert_equal(adapter, live, start):
-    """To 1e-6 of fp32: the steps are the same, and sums over a channel in fp32 round once a round."""
-    tensors = adapter.tensors()
-    assert {live_name(n) for n in tensors} == set(live)
-    for name, x in tensors.items():
-        np.testing.assert_allclose(x, live[live_name(name)].detach().numpy(), rtol=0, atol=1e-6, err_msg=name)
-    moved = max(np.abs(x - start.tensors()[n]).max() for n, x in tensors.items())
-    assert moved > 1e-3, "nothing was trained"
+def alone(found):
+    """The adapter after three rounds that start where the last one ended, with no server."""
+    adapter = found.start()
+    for number in range(ROUNDS):
+        (done,) = found.train_many([Job(0, number, derive(SEED, "train", number, 0), adapter)])
+        adapter = done.trained
+    return adapter
+
+
+def assert_equal(found, live, training):
+    """Training itself: bit for bit, as it is the same operations in the same order.
+
+    A round sends weight · (trained − start) in fp32, which rounds. With sgd that stays at the size of a rounding
+    error. AdamW divides each gradient by its own size, so that where a gradient is next to nothing, a rounding
+    error is multiplied, by at most lr a step: a few entries in a thousand may pass 1e-6, none lr / 100.
+    """
+    trained, sent = alone(found).tensors(), federated(found).tensors()
+    assert {live_name(n) for n in trained} == set(live)
+    want = {n: live[live_name(n)].detach().numpy() for n in trained}
+    for name, x in trained.items():
+        np.testing.assert_array_equal(x, want[name], err_msg=name)
+    off = np.concatenate([np.abs(x - want[n]).ravel() for n, x in sent.items()])
+    if training.optimiser == "sgd":
+        assert off.max() <= 1e-6
+    else:
+        assert np.quantile(off, 0.997) <= 1e-6
+        assert off.max() <= training.lr / 100
+    start = found.start().tensors()
+    assert max(np.abs(x - start[n]).max() for n, x in want.items()) > 1e-3, "nothing was trained"
 
 
 def classifier(name, table, share, training):
@@ -112,7 +133,7 @@ def classifier(name, table, share, training):
         return cross_entropy(logits, labels[torch.tensor(batch)])
 
     live = by_hand(get_peft_model(base, config), found.start(), lengths, loss_of, training)
-    assert_equal(federated(found), live, found.start())
+    assert_equal(found, live, training)
 
 
 PLAIN = Training(lr=3e-3, batch=6, epochs=2, length=32, clip=0.5, device="cpu")
@@ -133,8 +154,9 @@ def test_a_federation_of_one_is_central_training_of_a_classifier(sentences, shar
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_federation_of_one_is_central_training_of_minilm(sentences, share):
-    classifier("minilm", sentences, share, replace(PLAIN, batch=15, epochs=1))
+@pytest.mark.parametrize("changes", [{}, {"optimiser": "sgd", "lr": 0.1, "momentum": 0.5}])
+def test_a_federation_of_one_is_central_training_of_minilm(sentences, share, changes):
+    classifier("minilm", sentences, share, replace(PLAIN, batch=15, epochs=1, **changes))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -158,7 +180,9 @@ def test_a_federation_of_one_is_central_training_of_a_language_model(dialogues, 
         pad = lambda x, value: x + [value] * (longest - len(x))  # noqa: E731
         ids = torch.tensor([pad(rows[i], 0) for i in batch])
         mask = torch.tensor([pad([1] * len(rows[i]), 0) for i in batch])
-        return model(input_ids=ids, attention_mask=mask, labels=torch.tensor([pad(labels[i], -100) for i in batch])).loss
+        return model(
+            input_ids=ids, attention_mask=mask, labels=torch.tensor([pad(labels[i], -100) for i in batch])
+        ).loss
 
     live = by_hand(get_peft_model(base, config), found.start(), [len(x) for x in rows], loss_of, training)
-    assert_equal(federated(found), live, found.start())
+    assert_equal(found, live, training)

@@ -76,7 +76,9 @@ def test_tokens_that_a_prompt_method_puts_before_the_text_are_left_out(batch):
     embedded = base.model.get_input_embeddings()(x.inputs["input_ids"])
     prompt = torch.ones(len(embedded), 3, 24)
     mask = torch.cat([torch.ones(len(embedded), 3, dtype=torch.int64), x.inputs["attention_mask"]], dim=1)
-    longer = type(x)({"inputs_embeds": torch.cat([prompt, embedded], dim=1), "attention_mask": mask}, x.targets, x.where)
+    longer = type(x)(
+        {"inputs_embeds": torch.cat([prompt, embedded], dim=1), "attention_mask": mask}, x.targets, x.where
+    )
     with torch.no_grad():
         got = predictions(base.model, base.head, longer)
         want = base.model(**longer.inputs).logits[:, 3:][x.where]

