@@ -32,7 +32,7 @@ def settings(clients: int) -> dict[str, object]:
 
 
 def one_round(clients: int) -> None:
-    """A whole round in this process; prints its peak resident memory in bytes, after the base is loaded and at the end."""
+    """A whole round in this process; prints its peak resident memory in bytes, with the base loaded and at the end."""
     found = experiment(settings(clients))
     working = participant(found.settings_json, {"partition-id": 0})
     start = working.trainer.start()

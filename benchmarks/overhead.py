@@ -1,4 +1,4 @@
-"""Share of a round that is not training: packing, checks, sums, decode, checkpoint.  Run: python benchmarks/overhead.py"""
+"""Share of a round that is not training: packing, checks, sums, checkpoint.  Run: python benchmarks/overhead.py"""
 
 import tempfile
 from pathlib import Path

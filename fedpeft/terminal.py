@@ -84,14 +84,20 @@ def line(record: RoundRecord, rounds: int) -> str:
 def headline(folder: Path) -> Table:
     """The run's result beside its baselines: on the central test set, and on the clients' own rows."""
     found = history(folder)
-    table = Table("", "test accuracy", "test loss", "clients' own: mean", "worst", box=None, header_style="bold")
+    table = Table("", "test accuracy", "test loss", "clients' own: mean", "worst tenth", box=None, header_style="bold")
     rows = [(x.name, x.central, x.clients) for x in found.baselines.values()]
     if found.final is not None:
         rows.append(("federated", found.final.central, found.final.test.clients if found.final.test else {}))
     for name, central, clients in rows:
-        own = [x.accuracy for x in clients.values() if x.accuracy is not None]
-        numbers = (central and central.accuracy, central and central.loss, sum(own) / len(own) if own else None)
-        table.add_row(name, *("-" if x is None else f"{x:.4f}" for x in (*numbers, min(own, default=None))))
+        own = sorted(x.accuracy for x in clients.values() if x.accuracy is not None)
+        tenth = own[: -(-len(own) // 10)]
+        numbers = (
+            central and central.accuracy,
+            central and central.loss,
+            sum(own) / len(own) if own else None,
+            sum(tenth) / len(tenth) if tenth else None,
+        )
+        table.add_row(name, *("-" if x is None else f"{x:.4f}" for x in numbers))
     return table
 
 

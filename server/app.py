@@ -2,14 +2,17 @@
 
 Its run config (``flwr run . --run-config``) names the experiment:
 
-    experiment="simulations/tiny.toml"   the experiment file
+    experiment="simulations/tiny.toml"   the experiment file; a relative path begins at this app
     changes="rounds=3; seed=2"           settings that differ from the file's
     folder="runs/tiny"                   where the run is kept; a run that is there goes on
 """
+
+from functools import partial
+from pathlib import Path
 
 from fedpeft.flower import server_app
 from fedpeft.run import serve_run
 from fedpeft.training.environment import prepare
 
 prepare()
-app = server_app(serve_run)
+app = server_app(partial(serve_run, root=Path(__file__).parents[1]))

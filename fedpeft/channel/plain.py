@@ -13,10 +13,11 @@ ROUNDING = 1 + 1e-6
 
 @dataclass(frozen=True, slots=True)
 class PlainChannel:
-    """A client's term is its vector times its weight, then the weight, then its statistics, in fp32.
+    """A client sends its vector, its weight and its statistics in fp32; its term is the same, weighted, in fp64.
 
+    The server weighs, since a product rounded to fp32 on the client would lose the last bit of what it trained.
     clip: the l2 norm that a client scales its vector down to (none if not set), and above which the
-    server refuses a term; largest_norm: the norm above which the server refuses any term, so that
+    server refuses an answer; largest_norm: the norm above which the server refuses any, so that
     one broken client can't move the mean far.
     """
 
@@ -32,24 +33,30 @@ class PlainChannel:
             raise ValueError(f"clip: got {self.clip}; want at most largest_norm, {self.largest_norm}")
 
     def up(self, x: Array, weight: float, statistics: Array) -> Array:
-        """The term of a client whose encoding is ``x`` (n,), with ``statistics`` (m,): shape (n + 1 + m,), fp32."""
+        """The answer of a client whose encoding is ``x`` (n,), with ``statistics`` (m,): shape (n + 1 + m,), fp32."""
         x = x.astype(np.float64)  # half precision overflows at 65504, which a weight or a square soon reaches
         length = np.linalg.norm(x)
         if self.clip is not None and length > self.clip:
             x = x * (self.clip / length)
-        return np.concatenate([weight * x, [weight], statistics]).astype(np.float32)
+        return np.concatenate([x, [weight], statistics]).astype(np.float32)
 
-    def check(self, term: Array, size: int, largest_weight: float) -> None:
-        """Raise ProtocolError for a term that may not be added: not finite, too heavy or too long."""
-        if not np.isfinite(term).all():
+    def check(self, answer: Array, size: int, largest_weight: float) -> None:
+        """Raise ProtocolError for an answer that may not be added: not finite, too heavy or too long."""
+        if not np.isfinite(answer).all():
             raise ProtocolError("the update holds NaN or infinity")
-        weight = term[size]
+        weight = answer[size]
         if not 0 < weight <= largest_weight * ROUNDING:
             raise ProtocolError(f"the update has weight {weight:g}; want more than 0 and at most {largest_weight:g}")
-        length = np.linalg.norm(term[:size].astype(np.float64)) / weight
+        length = np.linalg.norm(answer[:size].astype(np.float64))
         key, limit = ("largest_norm", self.largest_norm) if self.clip is None else ("clip", self.clip)
         if length > limit * ROUNDING:
             raise ProtocolError(f"the update has norm {length:.7g}; want at most {limit:g} (channel.{key})")
+
+    def weigh(self, answer: Array, size: int) -> Array:
+        """What is added up for an answer: its vector (size,) times its weight, and the rest as it is, in fp64."""
+        term = answer.astype(np.float64)
+        term[:size] *= term[size]
+        return term
 
     def down(self, total: Array, size: int) -> tuple[Array, float, Array]:
         """The weighted mean (size,), the weight and the statistics' sums, from a sum of terms."""

@@ -7,6 +7,7 @@ from fedpeft.flower.apps import answer, client_app, in_process, server_app
 from fedpeft.flower.drive import Evaluation, drive, evaluate
 from fedpeft.flower.fleet import Fleet, muster
 from fedpeft.flower.inprocess import InProcessGrid
+from fedpeft.flower.kept import under
 from fedpeft.flower.post import Traffic
 from fedpeft.flower.requests import Part
 from fedpeft.flower.serve import Participant, serve
@@ -31,4 +32,5 @@ __all__ = [
     "muster",
     "serve",
     "server_app",
+    "under",
 ]

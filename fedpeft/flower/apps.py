@@ -71,15 +71,20 @@ def in_process(build: Build, clients: int, config: NodeConfig | None = None) -> 
 
 
 def answer(build: Build, messages: Sequence[Message], nodes: Mapping[int, NodeConfig]) -> Iterator[Message]:
-    """Replies to messages to nodes of these configs, in order; one participant serves all that share settings."""
+    """Replies in order to messages to nodes of these configs; messages of the same settings and config share a participant."""
     start = 0
     while start < len(messages):
         try:
             settings = settings_of(messages[start].content)
             stop = start + 1
-            while stop < len(messages) and _same_settings(messages[stop], messages[start], settings):
+            config = _shared(nodes[messages[start].metadata.dst_node_id])
+            while (
+                stop < len(messages)
+                and _shared(nodes[messages[stop].metadata.dst_node_id]) == config
+                and _same_settings(messages[stop], messages[start], settings)
+            ):
                 stop += 1
-            participant = _participant(build, settings, _shared(nodes[messages[start].metadata.dst_node_id]))
+            participant = _participant(build, settings, config)
         except Exception as error:
             yield Message(pack_refusal(refusal_of(error)), reply_to=messages[start])
             start += 1

@@ -52,6 +52,8 @@ def muster(
     clients: int,
     deadline: float,
     want_start: bool = True,
+    *,
+    patience: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Fleet:
@@ -59,11 +61,13 @@ def muster(
 
     The base is what most have, and the lowest-numbered client's of two equally common ones. With
     ``want_start`` one node, the lowest-numbered, sends the start adapter. Raises ProtocolError if
-    nobody can take part, or if two nodes claim the same client number. deadline: seconds for each phase.
+    nobody can take part, or if two nodes claim the same client number. deadline: seconds to wait for the
+    nodes; patience: seconds to wait for their answers, which may take loading a model (the same if not given).
     """
     until = clock() + deadline
     while len(found := sorted(grid.get_node_ids())) < clients and clock() < until:
         sleep(0.5)
+    deadline = deadline if patience is None else patience
     fleet = Fleet(grid, rule, settings, "", {}, {}, clock=clock, sleep=sleep)
     post = Post(grid, "query", "query", clock, sleep)
     content = pack_query(Query(settings, 0 if want_start else None))

@@ -16,7 +16,7 @@ from safetensors.numpy import save as serialise
 from fedpeft.errors import DataError
 
 State = Mapping[str, NDArray[Any]]
-_KEPT = 2
+_KEPT = 3
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"round-(\d{6,})\.safetensors")
 
@@ -25,8 +25,8 @@ _NAME = re.compile(r"round-(\d{6,})\.safetensors")
 class ClientStore:
     """State on disk under ``folder``, written atomically, or in this process's memory if there is none.
 
-    Of each client the two newest rounds are kept, so that a run that was killed and goes on one
-    round earlier finds the state from before that round. One folder serves one run: two runs that
+    Of each client the three newest rounds are kept, so that a run that was killed, and goes on from the
+    last checkpoint or the one before it, finds the state from before that round. One folder serves one run: two that
     share it would read each other's state.
     """
 

@@ -98,8 +98,8 @@ def _head(h: History) -> str:
     facts = [
         (f"{len(h.run.clients):,}" if h.run.clients else f"{len({c for x in h.rounds for c in x.asked}):,}", "clients"),
         (str(len(h.rounds)), "rounds" if len(h.rounds) != 1 else "round"),
-        (amount(h.bytes_up), "sent up by all clients"),
-        (amount(h.bytes_down), "sent down to all clients"),
+        (amount(h.bytes_up), "sent up by all clients to train"),
+        (amount(h.bytes_down), "sent down to all clients to train"),
         (duration(h.seconds), "wall time"),
     ]
     tiles = "".join(f"<div><b>{escape(value)}</b>{escape(what)}</div>" for value, what in facts)

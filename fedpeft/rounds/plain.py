@@ -31,7 +31,7 @@ class Outcome:
 
 
 def contribute(rule: Rule, channel: PlainChannel, update: Update, weight: float, metrics: Metrics, task: Task) -> Array:
-    """One client's term for one pass: all that leaves it."""
+    """One client's answer for one pass: all that leaves it."""
     x = rule.layout(task).flatten(rule.encode(update, task))
     return channel.up(x, weight, metrics.vector())
 
@@ -101,7 +101,7 @@ class Round(ABC):
         """What each client that is waited for should receive, in ascending order of clients."""
         return {client: self._rule.send(self.state, self.ranks[client]) for client in sorted(self._waiting)}
 
-    def receive(self, client: int, term: Array, round: int, pass_: int) -> None:
+    def receive(self, client: int, answer: Array, round: int, pass_: int) -> None:
         """Add one client's answer.
 
         A ProtocolError is also counted in ``refused``, and leaves the sum as it was. After a bad answer
@@ -113,11 +113,11 @@ class Round(ABC):
             self.refused.append((client, reason))
             raise ProtocolError(reason)
         try:
-            self._check(client, term)
+            self._check(client, answer)
         except ProtocolError as error:
             self.refuse(client, str(error))
             raise
-        self._take(client, term)
+        self._take(client, self.channel.weigh(answer, self._rule.layout(task).size))
         self._waiting.discard(client)
         self._answered.append(client)
 
@@ -135,15 +135,18 @@ class Round(ABC):
         self._waiting.clear()
         self._finish()
 
-    def _check(self, client: int, term: Array) -> None:
+    def _check(self, client: int, answer: Array) -> None:
         if client in self._answered:
             raise ProtocolError("answered twice: the first answer counts")
         if client not in self._waiting:
             raise ProtocolError("was not asked, or is no longer waited for")
         size = self._rule.layout(self.state.task).size
-        if term.shape != (size + 1 + STATISTICS,):
-            raise ProtocolError(f"the update has shape {term.shape}; want ({size + 1 + STATISTICS},)")
-        self.channel.check(term, size, self.largest_weight)
+        if answer.shape != (size + 1 + STATISTICS,):
+            raise ProtocolError(f"the update has shape {answer.shape}; want ({size + 1 + STATISTICS},)")
+        self.channel.check(answer, size, self.largest_weight)
+        counts = Metrics.of(answer[size + 1 :])
+        if min(counts.loss, counts.correct, counts.examples) < 0 or counts.correct > counts.units:
+            raise ProtocolError(f"the update has impossible counts: {counts}")
 
     def _open(self, clients: Mapping[int, int] | tuple[int, ...]) -> None:
         self._waiting, self._answered = set(clients), []

@@ -31,7 +31,8 @@ class Coordinator:
         Raises ProtocolError where the nodes do not suffice, or too many rounds in a row fail.
         """
         found = self.found
-        fleet = muster(grid, found.rule, found.settings_json, clients, found.fleet.wait)
+        patience = found.selection.deadline
+        fleet = muster(grid, found.rule, found.settings_json, clients, found.fleet.wait, patience=patience)
         for why in fleet.refused:
             self.view.note(why)
         if len(fleet.nodes) < clients:
@@ -41,6 +42,9 @@ class Coordinator:
                 f"{', '.join(map(str, absent[:9]))}{', …' if len(absent) > 9 else ''} can't take part, or did not come "
                 f"within {found.fleet.wait:g} seconds (fleet.wait)"
             )
+        least = found.fleet.nodes or found.selection.least(clients)
+        if len(fleet.nodes) < least:
+            raise ProtocolError(f"too few nodes: got {len(fleet.nodes)}; want at least {least} of {clients}")
         if fleet.start is None:
             raise ProtocolError("no node gave the adapter to start from")
         state = self._begin(fleet.start)
@@ -115,7 +119,8 @@ class Coordinator:
         # The record first: a record without its checkpoint is dropped on resume, a checkpoint without its
         # record would leave a hole.
         self.folder.append(record)
-        self.folder.checkpoints.save(state, {})
+        if train is not None:  # else a resumed run does the round over
+            self.folder.checkpoints.save(state, {})
         self.view.round(record, found.rounds)
         return state, train is not None
 

@@ -13,16 +13,17 @@ from fedpeft.run.simulate import finish, opened, record
 from fedpeft.run.view import Lines
 
 
-def serve_run(grid: Grid, run_config: Mapping[str, Scalar]) -> None:
+def serve_run(grid: Grid, run_config: Mapping[str, Scalar], root: Path = Path()) -> None:
     """Run the experiment that the run config names, over this grid, into a run folder.
 
     run_config: "experiment", a TOML file; "changes", "key=value" pairs separated by ";"; "folder", where
-    the run is kept (runs/NAME if not given). A folder with a run in it goes on from its last checkpoint.
+    the run is kept (runs/NAME if not given). root: where a relative "experiment" begins. A folder with a
+    run in it goes on from its last checkpoint.
     """
     changes = [x.strip() for x in str(run_config.get("changes", "")).split(";") if x.strip()]
-    found = read(Path(str(run_config["experiment"])), changes)
+    found = read(root / str(run_config["experiment"]), changes)
     path = Path(str(run_config.get("folder") or Path("runs") / found.name))
-    folder, found = opened(found, path, fresh=False, force=False)
+    folder, found = opened(found, path, fresh=False, force=False, carried_by="flower")
     with folder.held():
         here = None if found.fleet.own_data else workshop(found.settings_json)
         record(folder, found, here)

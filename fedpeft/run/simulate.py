@@ -16,7 +16,7 @@ import tomli_w
 from fedpeft import __version__
 from fedpeft.config import Experiment, experiment
 from fedpeft.errors import ConfigError, DataError
-from fedpeft.flower import in_process
+from fedpeft.flower import ClientStore, in_process, under
 from fedpeft.report import ClientData, RunFolder, RunRecord, history, write_report
 from fedpeft.run.baselines import measure
 from fedpeft.run.coordinate import Coordinator
@@ -56,11 +56,24 @@ def _patient(found: Experiment) -> Experiment:
     return replace(found, selection=replace(found.selection, deadline=inf), fleet=replace(found.fleet, wait=inf))
 
 
-def opened(found: Experiment, path: Path, fresh: bool, force: bool) -> tuple[RunFolder, Experiment]:
-    """The run in a folder, or a new one, and its experiment. Raises ConfigError for a run with other settings."""
+def opened(
+    found: Experiment, path: Path, fresh: bool, force: bool, carried_by: str = "process"
+) -> tuple[RunFolder, Experiment]:
+    """The run in a folder, or a new one, and its experiment.
+
+    carried_by: "process" or "flower", what carries its messages. Raises ConfigError for a run with other settings
+    or another carrier.
+    """
     if fresh or not (path / "config.lock.toml").is_file():
         found = experiment({**found.settings, "run": token_hex(8)})
-        return RunFolder.create(path, tomli_w.dumps({**found.settings, "versions": versions()}), force), found
+        lock = {**found.settings, "versions": versions(), "carried": {"by": carried_by}}
+        return RunFolder.create(path, tomli_w.dumps(lock), force), found
+    by = _lock(path).get("carried", {}).get("by", carried_by)
+    if by != carried_by:
+        raise ConfigError(
+            f"{path}: this run's clients are reached by {by}, and keep what is theirs there; go on with it "
+            f"{'with `flwr run` and the same folder' if by == 'flower' else 'with `fedpeft resume`'}"
+        )
     there = stored(path)
     own = {"run": "", "name": ""}
     if there.settings | own != found.settings | own:
@@ -81,13 +94,14 @@ def versions() -> dict[str, str]:
 
 def stored(path: Path) -> Experiment:
     """The experiment of a run, from its lock file. Raises DataError, ConfigError naming the file."""
-    text = RunFolder.open(path).lock_text
+    return experiment({k: v for k, v in _lock(path).items() if k not in ("versions", "carried")})
+
+
+def _lock(path: Path) -> dict[str, Any]:
     try:
-        settings: dict[str, Any] = tomllib.loads(text)
+        return tomllib.loads(RunFolder.open(path).lock_text)
     except tomllib.TOMLDecodeError as error:
         raise DataError(f"{path / 'config.lock.toml'}: damaged: {error}; restore it, or start the run anew") from error
-    settings.pop("versions", None)
-    return experiment(settings)
 
 
 def record(folder: RunFolder, found: Experiment, here: Workshop | None) -> None:
@@ -115,12 +129,23 @@ def record(folder: RunFolder, found: Experiment, here: Workshop | None) -> None:
 
 
 def finish(folder: RunFolder, here: Workshop) -> None:
-    """The adapter in Hugging Face's peft format, and the report."""
+    """The adapter in Hugging Face's peft format, and the report.
+
+    Where a rule leaves parts on the clients, ``adapter/`` holds the shared part over the start, and
+    ``adapter/client-N/`` what client N ends with, as far as its state is here.
+    """
     from fedpeft.training.export import export_peft
 
     bridge = here.trainer.bridge
-    bridge.write(folder.checkpoints.load().state.adapter)
+    state = folder.checkpoints.load().state
+    bridge.write(state.adapter)
     export_peft(bridge, folder.path / "adapter")
+    personal = here.found.rule.personal(state.task.spec)
+    store = ClientStore(folder.path / "clients")
+    for client in range(here.federation.clients) if personal else ():
+        kept = under(store.load(client, state.task.round) or {}, "personal/")
+        bridge.write(state.adapter.put({n: x for n, x in kept.items() if n in personal}))
+        export_peft(bridge, folder.path / "adapter" / f"client-{client:06d}")
     write_report(folder.path)
 
 

@@ -15,13 +15,13 @@ GOOD = PlainChannel().up(np.array([3.0, -4.0]), 2.0, STATISTICS)
 def test_a_clipped_vector_keeps_its_direction(dtype):
     x = np.array([30.0, -40.0], dtype)
     term = PlainChannel(clip=5.0).up(x, 2.0, STATISTICS)
-    np.testing.assert_array_equal(term, np.array([6.0, -8.0, 2.0, *STATISTICS], np.float32))
+    np.testing.assert_array_equal(term, np.array([3.0, -4.0, 2.0, *STATISTICS], np.float32))
 
 
 def test_a_vector_within_the_clip_is_left_as_it_is():
     x = np.array([3.0, -4.0])
     for clip in (5.0, 6.0, None):
-        np.testing.assert_array_equal(PlainChannel(clip).up(x, 2.0, STATISTICS)[:2], [6.0, -8.0])
+        np.testing.assert_array_equal(PlainChannel(clip).up(x, 2.0, STATISTICS)[:2], [3.0, -4.0])
 
 
 def test_encoding_does_not_change_the_vector_it_is_given():
@@ -33,7 +33,7 @@ def test_encoding_does_not_change_the_vector_it_is_given():
 def test_down_is_the_weighted_mean_with_the_sums_of_all_else():
     channel, total = PlainChannel(), Running(2 + 1 + 3)
     for x, weight in (([1.0, -2.0], 1.0), ([5.0, 6.0], 3.0)):
-        total.add(channel.up(np.array(x), weight, STATISTICS))
+        total.add(channel.weigh(channel.up(np.array(x), weight, STATISTICS), 2))
     mean, weight, statistics = channel.down(total.total, 2)
     np.testing.assert_array_equal(mean, [4.0, 4.0])
     assert weight == 4.0
@@ -62,10 +62,18 @@ def test_a_term_may_be_as_long_as_the_bound_and_a_rounding_more(channel):
     channel.check(PlainChannel().up(np.array([3.0, -4.0]), 0.1, STATISTICS * 1e6), 2, 2.0)
 
 
-@pytest.mark.parametrize(("weight", "power"), [(1.0, 30), (1e-30, 60)])
-def test_a_norm_beyond_single_precision_is_still_measured(weight, power):
-    term = np.array([1e30, 1e30, weight, 0.0, 0.0, 0.0], np.float32)  # its squares are beyond 3e38
-    with pytest.raises(ProtocolError, match=rf"norm 1\.41\d+e\+{power};"):
+def test_weighing_leaves_the_answer_and_its_last_bit_alone():
+    x = np.array([1 / 3, -2 / 7], np.float32)
+    answer = PlainChannel().up(x, 3.0, STATISTICS)
+    term = PlainChannel().weigh(answer, 2)
+    assert term.dtype == np.float64
+    np.testing.assert_array_equal(term, [3 * float(x[0]), 3 * float(x[1]), 3.0, *STATISTICS])  # exact: 26 bits of 53
+    np.testing.assert_array_equal(answer[:2], x)
+
+
+def test_a_norm_beyond_single_precision_is_still_measured():
+    term = np.array([1e30, 1e30, 1.0, 0.0, 0.0, 0.0], np.float32)  # its squares are beyond 3e38
+    with pytest.raises(ProtocolError, match=r"norm 1\.41\d+e\+30;"):
         PlainChannel().check(term, 2, 1.0)
 
 

@@ -40,11 +40,12 @@ def test_clients_do_not_see_each_others_state(store: ClientStore) -> None:
     assert store.load(2, 5) is None
 
 
-def test_two_rounds_are_kept_so_that_a_run_resumed_one_round_earlier_finds_its_state(store: ClientStore) -> None:
+def test_three_rounds_are_kept_so_that_a_run_resumed_two_rounds_earlier_finds_its_state(store: ClientStore) -> None:
     for round in (0, 1, 4, 7):
         store.save(3, round, state(round))
-    assert [number_in(store.at(3, round)) for round in (0, 1, 4, 7)] == [None, None, 4, 7]
+    assert [number_in(store.at(3, round)) for round in (0, 1, 4, 7)] == [None, 1, 4, 7]
     assert number_in(store.load(3, 7)) == 4  # killed in round 7, and resumed at it
+    assert number_in(store.load(3, 4)) == 1  # the same with its newest checkpoint damaged
 
 
 def test_what_a_killed_run_left_of_later_rounds_is_ignored_and_then_dropped(store: ClientStore) -> None:

@@ -21,7 +21,7 @@ def test_no_clipped_term_is_longer_than_its_clip_and_the_server_takes_it(seed, s
     weight = float(rng.uniform(0.1, 1e4))
     channel = PlainChannel(clip)
     term = channel.up(x, weight, STATISTICS)
-    mean, _, _ = channel.down(term.astype(np.float64), size)
+    mean, _, _ = channel.down(channel.weigh(term, size), size)
     assert np.linalg.norm(mean) <= clip * (1 + 3e-7)  # fp32 rounds the weight and each product by at most 6e-8
     channel.check(term, size, weight)
 
@@ -31,7 +31,8 @@ def test_half_precision_neither_overflows_nor_vanishes(clip):
     x = np.array([60_000.0, -60_000.0], np.float16)  # its square, its sum and its weight are beyond 65504
     channel = PlainChannel(clip, largest_norm=1e6)
     term = channel.up(x, 50.0, STATISTICS)
-    want = 3e6 if clip is None else 50 * clip / np.sqrt(2)
+    want = 6e4 if clip is None else clip / np.sqrt(2)
+    np.testing.assert_allclose(channel.weigh(term, 2)[:2], [50 * want, -50 * want], rtol=1e-3)
     np.testing.assert_allclose(term[:2], [want, -want], rtol=1e-3)  # half precision rounds 60000 to 59999.something
 
 

@@ -86,7 +86,8 @@ def test_any_order_and_any_tree_of_sums_gives_the_same_state(rule, order, merges
         forest = [Running(layout.size + 5) for _ in order]
         for tree, i in zip(forest, order, strict=True):
             update, weight = clients[10 + i]
-            tree.add(contribute(rule, PlainChannel(), update, weight, metrics(10 + i), state.task))
+            sent = contribute(rule, PlainChannel(), update, weight, metrics(10 + i), state.task)
+            tree.add(PlainChannel().weigh(sent, rule.layout(state.task).size))
         for choice in merges:
             i = choice % (len(forest) - 1)
             forest[i].merge(forest.pop(i + 1))

@@ -93,9 +93,9 @@ def alone(found):
 def assert_equal(found, live, training):
     """Training itself: bit for bit, as it is the same operations in the same order.
 
-    A round sends weight · (trained − start) in fp32, which rounds. With sgd that stays at the size of a rounding
-    error. AdamW divides each gradient by its own size, so that where a gradient is next to nothing, a rounding
-    error is multiplied, by at most lr a step: a few entries in a thousand may pass 1e-6, none lr / 100.
+    A round sends trained − start in fp32, which is exact unless a number changed sign or more than doubled, and
+    then off by half a unit in its last place. With sgd that is all. AdamW divides each
+    gradient by its own size, so that where a gradient is next to nothing that half unit may grow, to a part of lr.
     """
     trained, sent = alone(found).tensors(), federated(found).tensors()
     assert {live_name(n) for n in trained} == set(live)
@@ -106,10 +106,10 @@ def assert_equal(found, live, training):
     if training.optimiser == "sgd":
         assert off.max() <= 1e-6
     else:
-        assert np.quantile(off, 0.997) <= 1e-6
-        assert off.max() <= training.lr / 100
+        assert np.quantile(off, 0.999) <= 1e-6
+        assert off.max() <= training.lr / 200
     start = found.start().tensors()
-    assert max(np.abs(x - start[n]).max() for n, x in want.items()) > 1e-3, "nothing was trained"
+    assert max(np.abs(x - start[n]).max() for n, x in want.items()) > training.lr / 10, "nothing was trained"
 
 
 def classifier(name, table, share, training):
