@@ -71,7 +71,7 @@ def in_process(build: Build, clients: int, config: NodeConfig | None = None) -> 
 
 
 def answer(build: Build, messages: Sequence[Message], nodes: Mapping[int, NodeConfig]) -> Iterator[Message]:
-    """Replies in order to messages to nodes of these configs; messages of the same settings and config share a participant."""
+    """Replies to messages to nodes of these configs, in order; those of one config and settings share a participant."""
     start = 0
     while start < len(messages):
         try:
