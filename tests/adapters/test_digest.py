@@ -46,3 +46,8 @@ def test_equal_adapters_have_one_digest_whatever_the_order_of_their_names():
     two = Adapter(dense={"a": np.ones(2), "b": np.zeros(3)})
     assert Adapter(dense={"b": np.zeros(3), "a": np.ones(2)}).digest == two.digest
     assert len(x.digest) == 64
+
+
+def test_padding_to_its_own_rank_copies_nothing():
+    q = adapter().layers["q"]
+    assert q.pad(q.rank) is q
