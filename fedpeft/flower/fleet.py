@@ -52,10 +52,9 @@ def muster(
     clients: int,
     deadline: float,
     want_start: bool = True,
-    *,
-    patience: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
+    patience: float | None = None,
 ) -> Fleet:
     """Wait for this many nodes, ask all what they can do, and keep those that share one base.
 

@@ -42,7 +42,7 @@ class Coordinator:
                 f"{', '.join(map(str, absent[:9]))}{', …' if len(absent) > 9 else ''} can't take part, or did not come "
                 f"within {found.fleet.wait:g} seconds (fleet.wait)"
             )
-        least = found.fleet.nodes or found.selection.least(clients)
+        least = found.selection.least(clients)
         if len(fleet.nodes) < least:
             raise ProtocolError(f"too few nodes: got {len(fleet.nodes)}; want at least {least} of {clients}")
         if fleet.start is None:
