@@ -111,7 +111,7 @@ class Update:
     trained: Adapter
 
     def factors(self, parts: str, spec: Spec) -> dict[str, Array]:
-        """trained − received, factor by factor, zero-padded to the server's ranks.
+        """trained − received in fp64, factor by factor, zero-padded to the server's ranks.
 
         Factors of different scales don't add up, so a scale that is not the server's raises ValueError,
         as do layers that are not the server's.
@@ -131,16 +131,21 @@ class Update:
                     f"use one scale for every rank, or a rule that adds products"
                 )
             new, old = new.pad(layer.rank), old.pad(layer.rank)
-            change |= {f"{layer.name}/{p}": _factor(new, p) - _factor(old, p) for p in parts}
+            change |= {f"{layer.name}/{p}": _change(_factor(new, p), _factor(old, p)) for p in parts}
         return change
 
     def dense(self) -> dict[str, Array]:
-        """trained − received, for each dense leaf."""
-        return {n: x - self.received.dense[n] for n, x in self.trained.dense.items()}
+        """trained − received in fp64, for each dense leaf."""
+        return {n: _change(x, self.received.dense[n]) for n, x in self.trained.dense.items()}
 
 
 def _factor(layer: LowRank, part: str) -> Array:
     return {"a": layer.a, "b": layer.b}[part]
+
+
+def _change(new: Array, old: Array) -> Array:
+    """In fp64, where the difference of two fp32 numbers is exact (unless one is 2**29 times the other)."""
+    return np.subtract(new, old, dtype=np.float64)
 
 
 def same(x: Adapter, y: Adapter) -> bool:

@@ -120,9 +120,9 @@ def unpack_term(content: RecordDict) -> Term:
     parcel = unpack(content, "term")
     read.exactly(parcel.facts, ("round", "pass"))
     vector = parcel.tensors.get("term")
-    if len(parcel.tensors) != 1 or vector is None or vector.ndim != 1 or vector.dtype != np.float32:
+    if len(parcel.tensors) != 1 or vector is None or vector.ndim != 1 or vector.dtype not in (np.float32, np.float64):
         found = {n: f"{x.dtype} {x.shape}" for n, x in list(parcel.tensors.items())[:3]}
-        raise ProtocolError(f"a term holds {found}; want one fp32 vector, 'term'")
+        raise ProtocolError(f"a term holds {found}; want one fp32 or fp64 vector, 'term'")
     return Term(read.whole(parcel.facts, "round"), read.whole(parcel.facts, "pass"), vector)
 
 

@@ -47,7 +47,7 @@ def forecast(found: Experiment) -> Forecast:
     start = trainer.start()
     task = Task(start.spec)
     state = ServerState(task, start)
-    up = 4 * (found.rule.layout(task).size + 5)
+    up = (8 if found.channel.exact else 4) * (found.rule.layout(task).size + 5)
     constant = found.rule.constant(start.spec)
     sent = found.rule.send(state, 1 << 30).adapter.tensors()
     down = sum(x.nbytes for n, x in sent.items() if n not in constant)

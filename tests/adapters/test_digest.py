@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedpeft.adapters import Adapter, LowRank, same
+from fedpeft.adapters import Adapter, LowRank, Update, same
 
 
 def adapter():
@@ -51,3 +51,11 @@ def test_equal_adapters_have_one_digest_whatever_the_order_of_their_names():
 def test_padding_to_its_own_rank_copies_nothing():
     q = adapter().layers["q"]
     assert q.pad(q.rank) is q
+
+
+def test_a_change_is_exact_where_single_precision_would_round_it():
+    old, new = (Adapter(dense={"x": np.array([v], np.float32)}) for v in (1.0, -3e-8))
+    change = Update(old, new).dense()["x"]
+    assert change.dtype == np.float64
+    assert change[0] == float(np.float32(-3e-8)) - 1.0
+    assert change[0] != np.float32(change[0])

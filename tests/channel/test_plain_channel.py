@@ -24,6 +24,15 @@ def test_a_vector_within_the_clip_is_left_as_it_is():
         np.testing.assert_array_equal(PlainChannel(clip).up(x, 2.0, STATISTICS)[:2], [3.0, -4.0])
 
 
+def test_an_exact_channel_keeps_every_bit_and_another_one_rounds_to_single_precision():
+    x = np.array([1 / 3, -2 / 7])
+    for exact, dtype in ((True, np.float64), (False, np.float32)):
+        answer = PlainChannel(exact=exact).up(x, 2.0, STATISTICS)
+        assert answer.dtype == dtype
+        np.testing.assert_array_equal(answer[:2], x.astype(dtype))
+    assert PlainChannel().exact is False
+
+
 def test_encoding_does_not_change_the_vector_it_is_given():
     x = np.array([3.0, -4.0])
     PlainChannel(clip=1.0).up(x, 2.0, STATISTICS)

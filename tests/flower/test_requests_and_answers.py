@@ -217,9 +217,9 @@ def test_impossible_metrics_are_refused(rows: list[list[float]]) -> None:
         unpack_metrics(pack(Parcel("metrics", {"parts": ["test"]}, {"metrics": np.array(rows)})))
 
 
-@pytest.mark.parametrize("vector", [np.ones(3), np.ones((1, 3), np.float32), np.ones(3, np.int32)])
-def test_a_term_that_is_no_fp32_vector_is_refused(vector: np.ndarray) -> None:
-    with pytest.raises(ProtocolError, match="want one fp32 vector"):
+@pytest.mark.parametrize("vector", [np.ones(3, np.float16), np.ones((1, 3), np.float32), np.ones(3, np.int32)])
+def test_a_term_that_is_no_fp32_or_fp64_vector_is_refused(vector: np.ndarray) -> None:
+    with pytest.raises(ProtocolError, match="want one fp32 or fp64 vector"):
         unpack_term(pack(Parcel("term", {"round": 0, "pass": 0}, {"term": vector})))
 
 

@@ -20,9 +20,9 @@ from fedpeft.training.settings import Method, Model, Training
 ROUNDS, SEED = 3, 5
 
 
-def federated(found):
+def federated(found, channel):
     """The adapter after three rounds of ``fedit`` with one client."""
-    rule, channel = FactorMean(), PlainChannel()
+    rule = FactorMean()
     state = ServerState(Task(found.start().spec), found.start())
     for number in range(ROUNDS):
         round_ = SumRound(state, {0: found.start().spec.layers[0].rank}, 1, rule=rule)
@@ -93,15 +93,17 @@ def alone(found):
 def assert_equal(found, live, training):
     """Training itself: bit for bit, as it is the same operations in the same order.
 
-    A round sends trained − start in fp32, which is exact unless a number changed sign or more than doubled, and
-    then off by half a unit in its last place. With sgd that is all. AdamW divides each
+    With ``exact`` a round changes no bit of it. Else it sends trained − start in fp32, which is off by half a unit in
+    the last place where a number changed sign or more than doubled. With sgd that is all. AdamW divides each
     gradient by its own size, so that where a gradient is next to nothing that half unit may grow, to a part of lr.
     """
-    trained, sent = alone(found).tensors(), federated(found).tensors()
+    trained, sent = alone(found).tensors(), federated(found, PlainChannel()).tensors()
+    exact = federated(found, PlainChannel(exact=True)).tensors()
     assert {live_name(n) for n in trained} == set(live)
     want = {n: live[live_name(n)].detach().numpy() for n in trained}
     for name, x in trained.items():
         np.testing.assert_array_equal(x, want[name], err_msg=name)
+        np.testing.assert_array_equal(exact[name], x, err_msg=name)
     off = np.concatenate([np.abs(x - want[n]).ravel() for n, x in sent.items()])
     if training.optimiser == "sgd":
         assert off.max() <= 1e-6
