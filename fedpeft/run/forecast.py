@@ -31,7 +31,6 @@ class Forecast:
     bytes_once: int
     memory: int
     available: int
-    rounds_bytes: int
 
 
 def forecast(found: Experiment) -> Forecast:
@@ -79,5 +78,4 @@ def forecast(found: Experiment) -> Forecast:
         bytes_once=once,
         memory=peak,
         available=machine["available"],
-        rounds_bytes=found.rounds * cohort * (up + down),
     )
