@@ -1,9 +1,11 @@
 """Data sets as tables, and who holds which rows."""
 
-from fedpeft.data.federation import Federation, Part, Size, Split, federate, own
+from fedpeft.data.federation import Federation, federate, own
 from fedpeft.data.partition import Dirichlet, Iid, Natural, Partitioner, Quantity, Shards
+from fedpeft.data.sampled import Sampled
 from fedpeft.data.sets import SHORT_NAMES, assets, load
 from fedpeft.data.source import Source
+from fedpeft.data.split import Part, Size, Split
 from fedpeft.data.table import Rows, Table, Task
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "Partitioner",
     "Quantity",
     "Rows",
+    "Sampled",
     "Shards",
     "Size",
     "Source",

@@ -26,8 +26,8 @@ from fedpeft.errors import ConfigError
 class Partitioner(ABC):
     """Shares the rows of a table out to clients.
 
-    Law: the parts are ascending, share no row, and hold at least ``fewest`` rows each. All but
-    ``Natural`` also leave no row out.
+    Law: the parts are ascending, share no row but those of ``Sampled``, and hold at least ``fewest`` rows each. All
+    but ``Natural`` and ``Sampled`` also leave no row out.
     """
 
     __slots__ = ()
@@ -40,7 +40,7 @@ class Partitioner(ABC):
         """The fewest rows that any client gets."""
 
     @abstractmethod
-    def assign(self, table: Table, rng: np.random.Generator) -> list[Rows]:
+    def assign(self, table: Table, rng: np.random.Generator) -> Sequence[Rows]:
         """The rows of each client. Raises ConfigError, naming the key, where the table can't be shared out so."""
 
     def names(self, table: Table, parts: Sequence[Rows]) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class Iid(Partitioner):
     clients: int = 10
 
     def __post_init__(self) -> None:
-        _at_least("clients", self.clients, 1)
+        at_least("clients", self.clients, 1)
 
     @property
     @override
@@ -69,7 +69,26 @@ class Iid(Partitioner):
 
 
 @dataclass(frozen=True, slots=True)
-class Dirichlet(Partitioner):
+class Skewed(Partitioner):
+    """What shares out by a Dirichlet distribution has: ``alpha``, and the rows that every client gets at ``least``."""
+
+    clients: int = 10
+    alpha: float = 0.5
+    least: int = 2
+
+    def __post_init__(self) -> None:
+        at_least("clients", self.clients, 1)
+        positive("alpha", self.alpha)
+        at_least("least", self.least, 1)
+
+    @property
+    @override
+    def fewest(self) -> int:
+        return self.least
+
+
+@dataclass(frozen=True, slots=True)
+class Dirichlet(Skewed):
     """Label skew: the rows of each label go to the clients in proportions drawn from Dirichlet(``alpha``).
 
     Large ``alpha`` tends to equal mixtures, small to labels that one client has all of; sizes differ with
@@ -79,23 +98,9 @@ class Dirichlet(Partitioner):
     arXiv:1909.06335, section 4.1, draw each client's mixture of labels from the same distribution instead.
     """
 
-    clients: int = 10
-    alpha: float = 0.5
-    least: int = 2
-
-    def __post_init__(self) -> None:
-        _at_least("clients", self.clients, 1)
-        _positive("alpha", self.alpha)
-        _at_least("least", self.least, 1)
-
-    @property
-    @override
-    def fewest(self) -> int:
-        return self.least
-
     @override
     def assign(self, table: Table, rng: np.random.Generator) -> list[Rows]:
-        labels = _labels(table, "dirichlet")
+        labels = labels_of(table, "dirichlet")
         _need_rows(self.clients, self.least, len(table))
         parts: list[list[Rows]] = [[] for _ in range(self.clients)]
         for label in np.unique(labels):
@@ -119,8 +124,8 @@ class Shards(Partitioner):
     labels: int = 2
 
     def __post_init__(self) -> None:
-        _at_least("clients", self.clients, 1)
-        _at_least("labels", self.labels, 1)
+        at_least("clients", self.clients, 1)
+        at_least("labels", self.labels, 1)
 
     @property
     @override
@@ -129,7 +134,7 @@ class Shards(Partitioner):
 
     @override
     def assign(self, table: Table, rng: np.random.Generator) -> list[Rows]:
-        labels = _labels(table, "shards")
+        labels = labels_of(table, "shards")
         found, sizes = np.unique(labels, return_counts=True)
         if self.labels > len(found):
             raise ConfigError(f"partition.labels: got {self.labels}; want at most {len(found)}, the number of labels")
@@ -169,26 +174,12 @@ class Shards(Partitioner):
 
 
 @dataclass(frozen=True, slots=True)
-class Quantity(Partitioner):
+class Quantity(Skewed):
     """Quantity skew: sizes drawn from Dirichlet(``alpha``), rows drawn uniformly.
 
     Every client gets ``least`` rows, and its share of the rest on top. Large ``alpha`` tends to equal sizes.
     Source: Li et al., arXiv:2102.02079, section 4.3.
     """
-
-    clients: int = 10
-    alpha: float = 0.5
-    least: int = 2
-
-    def __post_init__(self) -> None:
-        _at_least("clients", self.clients, 1)
-        _positive("alpha", self.alpha)
-        _at_least("least", self.least, 1)
-
-    @property
-    @override
-    def fewest(self) -> int:
-        return self.least
 
     @override
     def assign(self, table: Table, rng: np.random.Generator) -> list[Rows]:
@@ -212,8 +203,8 @@ class Natural(Partitioner):
 
     def __post_init__(self) -> None:
         if self.clients is not None:
-            _at_least("clients", self.clients, 1)
-        _at_least("least", self.least, 1)
+            at_least("clients", self.clients, 1)
+        at_least("least", self.least, 1)
 
     @property
     @override
@@ -254,7 +245,8 @@ def _shuffled(rows: int, rng: np.random.Generator) -> Rows:
     return rng.permutation(rows).astype(np.int64, copy=False)
 
 
-def _labels(table: Table, name: str) -> NDArray[np.int64]:
+def labels_of(table: Table, name: str) -> NDArray[np.int64]:
+    """The class numbers, for the partitioner of this name. Raises ConfigError for data without labels."""
     if table.task == "lm":
         raise ConfigError(f"partition.name: got {name}, which shares out labels, and lm data has none; want iid, "
                           "quantity or natural")  # fmt: skip
@@ -269,11 +261,13 @@ def _need_rows(clients: int, least: int, rows: int) -> None:
         )
 
 
-def _at_least(key: str, value: int, least: int) -> None:
+def at_least(key: str, value: int, least: int) -> None:
+    """Raise ValueError for a setting that is less."""
     if value < least:
         raise ValueError(f"{key}: got {value}; want at least {least}")
 
 
-def _positive(key: str, value: float) -> None:
+def positive(key: str, value: float) -> None:
+    """Raise ValueError for a setting that is not a number above 0."""
     if not (isfinite(value) and value > 0):
         raise ValueError(f"{key}: got {value}; want a number above 0")

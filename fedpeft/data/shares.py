@@ -21,7 +21,7 @@ def whole(amounts: NDArray[np.float64], offset: float = 0.5) -> NDArray[np.int64
     return ends[1:] - ends[:-1]
 
 
-def dirichlet(alpha: float, size: int, rng: np.random.Generator) -> NDArray[np.float64]:
+def dirichlet(alpha: float | NDArray[np.float64], size: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Shares drawn from Dirichlet(alpha), shape (size,), which sum to 1; where alpha underflows, all to one."""
     shares: NDArray[np.float64] = rng.dirichlet(np.full(size, alpha))
     if shares.sum() > 0.5:  # which NaN is not

@@ -1,7 +1,9 @@
 """What a client keeps: the right round is found after a kill, and nothing half-written is read."""
 
-import errno
 import os
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from fedpeft.errors import DataError
 from fedpeft.flower import ClientStore
+from fedpeft.flower.store import FILE
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -106,35 +109,98 @@ def test_another_process_finds_what_was_saved_on_disk(tmp_path: Path) -> None:
 def test_a_damaged_state_is_an_error_that_names_the_file_and_damaged_constants_are_not_held(tmp_path: Path) -> None:
     store = ClientStore(tmp_path)
     store.save(0, 3, state(3))
-    file = tmp_path / "client-000000" / "round-000003.safetensors"
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(DataError, match=r"round-000003\.safetensors: can't be read"):
-        store.load(0, 4)
+    store.save(1, 3, state(4))
     store.save_constants("cd" * 32, {"x": np.ones(2)})
-    (tmp_path / "constants" / f"{'cd' * 32}.safetensors").write_bytes(b"no")
+    with sqlite3.connect(tmp_path / FILE) as other:  # one bit of what was written
+        for table in ("state", "constants"):
+            (content,) = other.execute(f"SELECT content FROM {table} ORDER BY 1 LIMIT 1").fetchone()
+            turned = content[:-1] + bytes([content[-1] ^ 1])
+            other.execute(f"UPDATE {table} SET content = ? WHERE content = ?", (turned, content))
+    with pytest.raises(DataError, match=r"state\.sqlite, client [01], round 3: can't be read, it was damaged"):
+        [store.load(client, 4) for client in (0, 1)]
     assert ClientStore(tmp_path).constants("cd" * 32) is None
 
 
-def test_a_full_disk_leaves_the_state_that_was_there_and_no_part_of_the_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_no_database_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"no" * 1000)
+    with pytest.raises(DataError, match=r"state\.sqlite: file is not a database; it is damaged"):
+        ClientStore(tmp_path).load(0, 4)
+
+
+def test_a_database_of_another_version_is_refused(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / FILE) as other:
+        other.execute("PRAGMA user_version = 7")
+    with pytest.raises(DataError, match="has version 7; this version reads 1"):
+        ClientStore(tmp_path).save(0, 4, state(1))
+
+
+def test_a_full_disk_leaves_the_state_that_was_there_and_no_part_of_the_new_one(tmp_path: Path) -> None:
     store = ClientStore(tmp_path)
     store.save(0, 3, state(3))
-
-    def full(fd: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    connection = store._database.connection
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {pages}")
     for round in (3, 4):
-        with pytest.raises(OSError, match="No space left"):
-            store.save(0, round, state(40))
-    monkeypatch.undo()
+        with pytest.raises(DataError, match=r"state\.sqlite: database or disk is full; make room"):
+            store.save(0, round, {"x": np.zeros(100_000)})
+    connection.execute("PRAGMA max_page_count = 100000")
     assert number_in(store.load(0, 9)) == 3
-    assert [p.name for p in (tmp_path / "client-000000").iterdir()] == ["round-000003.safetensors"]
+    store.save(0, 4, state(4))
+    assert number_in(ClientStore(tmp_path).load(0, 9)) == 4
 
 
-def test_a_leftover_of_a_killed_write_is_no_state(tmp_path: Path) -> None:
+KILLED = """
+import sys
+from pathlib import Path
+import numpy as np
+from fedpeft.flower import ClientStore
+from fedpeft.flower.store import FILE
+store = ClientStore(Path(sys.argv[1]))
+for round in range(1000):
+    for client in range(3):
+        store.save(client, round, {"x": np.full(20_000, round)})
+        print(client, round, flush=True)
+"""
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_all_that_was_saved_and_nothing_half_written(
+    tmp_path: Path,
+) -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    said = [process.stdout.readline() for _ in range(100)]
+    process.kill()  # within a later save, or between two
+    said += process.stdout.read().splitlines()
+    process.wait()
+    process.stdout.close()
     store = ClientStore(tmp_path)
-    store.save(0, 3, state(3))
-    (tmp_path / "client-000000" / "round-000004.safetensors.77.tmp").write_bytes(b"half")
-    assert number_in(store.load(0, 9)) == 3
+    last = dict(tuple(map(int, x.split())) for x in said if len(x.split()) == 2)
+    for client, round in last.items():
+        for at in (round - 2, round - 1, round):
+            found = store.at(client, at) or (at == round - 2 and store.at(client, round + 1))  # saved, and not yet said
+            assert found
+            assert (found["x"] == found["x"][0]).all()
+    assert sum(1 for client in last for round in range(1000) if store.at(client, round)) == 9
+
+
+def test_a_fork_does_not_share_its_parents_connection(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    store.save(0, 1, state(1))
+    child = os.fork()
+    if not child:
+        try:
+            store.save(0, 2, state(2))
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert number_in(store.load(0, 9)) == 2
+
+
+def test_the_file_does_not_grow_from_round_to_round(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    sizes = []
+    for round in range(30):
+        for client in range(4):
+            store.save(client, round, {"x": np.zeros(20_000)})
+        sizes.append(store._database.connection.execute("PRAGMA page_count").fetchone()[0])
+    assert sizes[-1] == sizes[5]

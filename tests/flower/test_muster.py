@@ -7,11 +7,11 @@ from flwr.app import Message
 
 from fedpeft.adapters import same
 from fedpeft.errors import ProtocolError
-from fedpeft.flower import ClientStore, Fleet, in_process, muster
+from fedpeft.flower import Fleet, in_process, muster
 from fedpeft.flower.answers import pack_capabilities, unpack_capabilities
 from fedpeft.rules import FactorMean
 from tests.flower.grids import Change, Clock, FaultyGrid
-from tests.flower.linear import LinearTrainer, counts, participant, start
+from tests.flower.linear import counts, participant, start
 
 
 def called(clients: int, change: Change | None = None, want_start: bool = True, nodes: int | None = None) -> Fleet:
@@ -34,20 +34,25 @@ def claiming(**fields: object) -> Change:
 def test_nodes_say_their_client_number_examples_base_and_central_set() -> None:
     fleet = called(3)
     assert fleet.nodes == {0: 1, 1: 2, 2: 3}
-    assert [(x.client, x.base, x.counts) for x in fleet.members.values()] == [
-        (c, "linear-5x4", counts(c)) for c in range(3)
-    ]
+    assert [fleet.registry.counts(c) for c in range(4)] == [counts(0), counts(1), counts(2), None]
     assert (fleet.base, fleet.settings, fleet.refused, fleet.central) == ("linear-5x4", '{"a": 1}', (), 0)
+    assert (fleet.clients(), fleet.known) == (range(3), 3)
     assert fleet.start is not None
     assert same(fleet.start, start())
     assert fleet.traffic.bytes_up > sum(x.nbytes for x in start().tensors().values())
 
 
 def test_only_one_node_sends_the_start_adapter_and_none_if_it_is_not_wanted() -> None:
-    assert [x.start is not None for x in called(3).members.values()] == [True, False, False]
-    fleet = called(3, want_start=False)
-    assert fleet.start is None
-    assert all(x.start is None for x in fleet.members.values())
+    sent: list[bool] = []
+
+    def note(client: int, reply: Message) -> list[Message]:
+        sent.append(unpack_capabilities(reply.content).start is not None)
+        return [reply]
+
+    called(3, note)
+    assert sent == [True, False, False]
+    assert called(3, note, want_start=False).start is None
+    assert sent[3:] == [False, False, False]
 
 
 def test_another_node_gives_the_start_adapter_if_client_0_is_not_there() -> None:
@@ -107,9 +112,6 @@ def test_a_node_that_can_not_be_built_says_why() -> None:
 
 
 def test_a_node_that_holds_constants_already_is_not_sent_them_again() -> None:
-    store = ClientStore()
-    store.save_constants("ab" * 32, {"fixed/fixed": start().fixed["fixed"]})
-    clock = Clock()
-    grid = in_process(lambda settings, config: participant(LinearTrainer(), store=store), 2)
-    fleet = muster(grid, FactorMean(), "{}", 2, 10.0, True, clock, clock.sleep)
-    assert fleet.holds == {0: {"ab" * 32}, 1: {"ab" * 32}}
+    fleet = called(3, claiming(holds=("ab" * 32, "no digest")))
+    assert [fleet.registry.digests(c) for c in range(3)] == [(), ("ab" * 32,), ()]
+    assert ["ab" * 32 in fleet.holds[c] for c in range(3)] == [False, True, False]
