@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedpeft.channel import PlainChannel
+from fedpeft.config.rules import RULES, check_rule
 from fedpeft.config.schema import Choice, Settings, build, check, choose, nearest, plain, section
-from fedpeft.data import Dirichlet, Iid, Natural, Partitioner, Quantity, Shards, Source, Split
+from fedpeft.config.timing import SCHEDULES, kinds, timing
+from fedpeft.data import Dirichlet, Iid, Natural, Partitioner, Quantity, Sampled, Shards, Source, Split
 from fedpeft.errors import ConfigError
-from fedpeft.rounds import Selection
+from fedpeft.rounds import Buffered, Device, Selection, Synchronous
 from fedpeft.rules import (
     Adagrad,
     Adam,
     Averaging,
     Examples,
-    FactorMean,
     ListRule,
     MeanRule,
-    Median,
     Momentum,
     ServerOptimiser,
     SquareRoot,
@@ -38,13 +38,6 @@ from fedpeft.rules import (
 from fedpeft.training.methods import Method
 from fedpeft.training.settings import Model, Training
 
-RULES: Mapping[str, Choice] = {
-    "fedit": Choice(FactorMean, {"cycle": ("ab",), "personalised": False}),
-    "ffa": Choice(FactorMean, {"cycle": ("b",), "personalised": False}),
-    "fedsa": Choice(FactorMean, {"cycle": ("a",), "personalised": True}),
-    "median": Choice(Median),
-    "rolora": Choice(FactorMean, {"cycle": ("b", "a"), "personalised": False}),
-}
 SERVERS: Mapping[str, Choice] = {
     "adagrad": Choice(Adagrad),
     "adam": Choice(Adam),
@@ -63,6 +56,7 @@ PARTITIONS: Mapping[str, Choice] = {
     "iid": Choice(Iid),
     "natural": Choice(Natural),
     "quantity": Choice(Quantity),
+    "sampled": Choice(Sampled),
     "shards": Choice(Shards),
 }
 
@@ -71,16 +65,19 @@ PARTITIONS: Mapping[str, Choice] = {
 class Evaluation:
     """When the adapter is evaluated: every ``every`` rounds and after the last.
 
-    clients: evaluate on each client's own validation rows too; central: on the central test set.
+    clients: evaluate on each client's own validation rows too; central: on the central test set; sample: of more
+    clients than this, so many are drawn for each evaluation, and for the end and the baselines the same ones.
     """
 
     every: int = 1
     clients: bool = True
     central: bool = True
+    sample: int = 300
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every: got {self.every}; want at least 1")
+        for key in ("every", "sample"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: got {getattr(self, key)}; want at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +118,24 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """How simulated clients run: engine "loop" trains them one after another on one resident base."""
+    """How simulated clients run.
 
-    engine: Literal["loop"] = "loop"
+    engine: "cohort" trains many at once on one base, "loop" one after another; group: the most that are in one step
+    (unset: as many as memory and the processor have use for); workers: processes that share the base (unset: one for
+    every four cores); devices: the kinds of device that clients are on. Where there are any, time is simulated:
+    answers come when these would give them, and ``selection.deadline`` is in simulated seconds.
+    """
+
+    engine: Literal["cohort", "loop"] = "cohort"
+    group: int | None = None
+    workers: int | None = None
+    devices: Mapping[str, Device] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "devices", kinds(self.devices, "simulation.devices"))
+        for key in ("group", "workers"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ValueError(f"{key}: got {value}; want at least 1, or leave it out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +159,7 @@ class Experiment:
     server: ServerOptimiser
     weighting: Weighting
     channel: PlainChannel
+    schedule: Synchronous | Buffered
     selection: Selection
     evaluation: Evaluation
     baselines: Baselines
@@ -178,6 +191,7 @@ _CHOSEN: Mapping[str, tuple[Mapping[str, Choice], str]] = {
     "server": (SERVERS, "averaging"),
     "weighting": (WEIGHTINGS, "examples"),
     "channel": (CHANNELS, "plain"),
+    "schedule": (SCHEDULES, "synchronous"),
 }
 
 
@@ -231,9 +245,9 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
         "seed": check("seed", settings.get("seed", 0), int),
         "rounds": check("rounds", settings.get("rounds", 10), int),
     }
-    for key, least in (("rounds", 1), ("seed", 0)):
+    for key, least, want in (("rounds", 1, "at least 1"), ("seed", 0, "0 or more")):
         if top[key] < least:
-            raise ConfigError(f"{key}: got {top[key]}; want {'at least 1' if least else '0 or more'}")
+            raise ConfigError(f"{key}: got {top[key]}; want {want}")
     made = {key: build(cls, section(settings, key), key) for key, cls in _PLAIN.items()}
     full: Settings = dict(top) | {key: plain(x) for key, x in made.items()}
     for key, (choices, default) in _CHOSEN.items():
@@ -244,22 +258,18 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
 
 
 def _combinations(found: Experiment) -> None:
-    if isinstance(found.rule, ListRule):
-        rule = type(found.rule).__name__
-        if not isinstance(found.server, Averaging):
-            raise ConfigError(f"server.name: {rule} is not a mean; want averaging with it")
-        if found.server.lr != 1:
-            raise ConfigError(f"server.lr: got {found.server.lr}; {rule} is not a mean, and takes its own step: want 1")
-    if isinstance(found.rule, FactorMean) and found.rule.cycle != ("ab",) and found.adapter.name != "lora":
+    name = found.settings["rule"]["name"]
+    check_rule(found.rule, name, found.adapter, found.server, found.schedule)
+    timing(found.rule, name, found.schedule, found.simulation.devices, found.selection)
+    if found.selection.rest and isinstance(found.schedule, Buffered):
         raise ConfigError(
-            f"rule.name: {found.settings['rule']['name']} tells factors a and b apart, and adapter.method "
-            f'{found.adapter.method!r} has none; use fedit, or adapter.method = "lora"'
+            f"selection.rest: got {found.selection.rest}; want 0 with schedule.name = 'buffered', which has no rounds "
+            f"to sit out"
         )
     if found.fleet.own_data and not found.data.classes and found.data.task != "lm":
         raise ConfigError(
             "data.classes: is missing; want the labels in the order of their numbers where fleet.own_data is set, "
-            "since "
-            'one node\'s file need not hold them all (for prompts and replies want data.task = "lm")'
+            'since one node\'s file need not hold them all (for prompts and replies want data.task = "lm")'
         )
     if found.fleet.own_data and found.fleet.nodes is None:
         raise ConfigError("fleet.nodes: is missing; want the number of nodes where each has data of its own")

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedpeft.config import Experiment, experiment
-from fedpeft.data import Federation, Table, federate, load, own
+from fedpeft.data import Federation, Table, federate, own
 from fedpeft.errors import ConfigError, ProtocolError
 from fedpeft.flower import ClientStore, Counts, Participant
 from fedpeft.rounds import derive
-from fedpeft.training.environment import cache_folder
+from fedpeft.run.tables import table
+from fedpeft.training.environment import cache_folder, starting
 
 if TYPE_CHECKING:
     from fedpeft.training.loop import TorchTrainer
@@ -33,12 +34,16 @@ class Workshop:
     @cached_property
     def trainer(self) -> "TorchTrainer":
         """What trains this process's clients."""
-        from fedpeft.training.loop import TorchTrainer
+        with starting():
+            from fedpeft.training.cohort import CohortTrainer
+            from fedpeft.training.crew import usual
+            from fedpeft.training.loop import TorchTrainer
 
-        found = self.found
-        return TorchTrainer.load(
-            found.model, found.adapter, found.training, self.federation, derive(found.seed, "start")
-        )
+        found, seed = self.found, derive(self.found.seed, "start")
+        if found.simulation.engine == "loop":
+            return TorchTrainer.load(found.model, found.adapter, found.training, self.federation, seed)
+        trainer = CohortTrainer.load(found.model, found.adapter, found.training, self.federation, seed)
+        return trainer.sized(found.simulation.group, usual(found.simulation.workers))
 
     def counts(self, client: int) -> Counts:
         """How many rows a client has of each part. Raises ProtocolError for one that is not here."""
@@ -48,7 +53,7 @@ class Workshop:
                 f"node: client {client} is none of this data's {federation.clients}; "
                 f"start as many nodes as there are clients, or change partition.clients"
             )
-        return Counts(*federation.sizes()[client - federation.first])
+        return Counts(*federation.size(client))
 
 
 def workshop(settings_json: str, data: str | None = None, client: int = 0) -> Workshop:
@@ -64,11 +69,12 @@ def _workshop(settings_json: str, data: str | None, client: int) -> Workshop:
     found = experiment(json.loads(settings_json))
     if data is not None:
         return Workshop(
-            found, own(load(replace(found.data, name=data)), found.split, found.seed, client, found.data.examples)
+            found, own(table(replace(found.data, name=data)), found.split, found.seed, client, found.data.examples)
         )
     if found.fleet.own_data:
         raise ConfigError('data: fleet.own_data is set, and this node\'s config has no data; want data = "FILE" in it')
-    federation = federate(load(found.data), found.partition, found.split, found.seed, found.data.examples)
+    with starting():
+        federation = federate(table(found.data), found.partition, found.split, found.seed, found.data.examples)
     missing = federation.missing_classes()
     if missing:
         raise ConfigError(

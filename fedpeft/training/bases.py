@@ -1,6 +1,5 @@
 """The frozen base model of a run: loaded by name, with a seeded head and a fingerprint."""
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,10 +28,12 @@ from transformers.utils.hub import cached_file
 
 from fedpeft.data import Task
 from fedpeft.errors import ConfigError
-from fedpeft.training.devices import Place
+from fedpeft.training.devices import Place, choose
 from fedpeft.training.fingerprints import fingerprint
+from fedpeft.training.kernels import Shape, fastest_attention
 from fedpeft.training.packaged import SHORT_NAMES, Progress, folder
-from fedpeft.training.settings import Model
+from fedpeft.training.pixels import Pixels, pixels_of
+from fedpeft.training.settings import Model, Training
 
 _AUTO: Mapping[Task, Any] = {
     "classify": AutoModelForSequenceClassification,
@@ -44,22 +45,6 @@ _KINDS: Mapping[Task, str] = {
     "lm": "causal language modelling",
     "image": "image classification",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Pixels:
-    """What an image model expects: side in pixels, channels, and each channel's mean and deviation in [0, 1].
-
-    patch: the side of a patch, of which the image's side must be a multiple; fixed: the side that the
-    model's position embeddings were trained at.
-    """
-
-    size: int
-    patch: int
-    fixed: int
-    channels: int = 3
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    deviation: tuple[float, ...] = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +115,7 @@ def load_base(
     if task != "lm" and len(classes) < 2:
         raise ConfigError(f"data: {_KINDS[task]} needs at least 2 classes; got {len(classes)}: {', '.join(classes)}")
     with _quiet():
-        name = str(folder(settings.name, progress)) if settings.name in SHORT_NAMES else settings.name
+        name = _name(settings, progress)
         config = _config(settings, name, task)
         if task != "lm":
             config.num_labels = len(classes)
@@ -146,8 +131,22 @@ def load_base(
     if not settings.dropout:
         silence(model)
     _store(model, fresh, place)
-    pixels = _pixels(name, settings.revision, config) if task == "image" else None
+    pixels = pixels_of(name, settings.revision, config) if task == "image" else None
     return Base(model, task, tuple(classes), name, digest, fresh, tokenizer, pixels)
+
+
+def place_for(settings: Model, training: Training, progress: Progress | None = None) -> Place:
+    """Where and how these settings run on this machine, with as many threads as they say; ConfigError as ``choose``.
+
+    For precision "fastest" it reads the model's configuration, and measures for its sizes.
+    """
+    if training.threads is not None:
+        torch.set_num_threads(training.threads)
+    shape = None
+    if training.precision == "fastest":
+        with _quiet():
+            shape = Shape.of(_config(settings, _name(settings, progress), None))
+    return choose(training.device, training.precision, training.attention, shape)
 
 
 def silence(model: nn.Module) -> None:
@@ -160,7 +159,11 @@ def silence(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _config(settings: Model, name: str, task: Task) -> PreTrainedConfig:
+def _name(settings: Model, progress: Progress | None) -> str:
+    return str(folder(settings.name, progress)) if settings.name in SHORT_NAMES else settings.name
+
+
+def _config(settings: Model, name: str, task: Task | None) -> PreTrainedConfig:
     if (Path(name).exists() or name.startswith((".", "/", "~"))) and not Path(name, "config.json").is_file():
         raise ConfigError(
             f"model.name: {name!r} is not a model: there is no config.json in it; want a Hugging Face folder"
@@ -172,7 +175,7 @@ def _config(settings: Model, name: str, task: Task) -> PreTrainedConfig:
             f"model.name: got {settings.name!r}; want {', '.join(SHORT_NAMES)}, a Hugging Face folder, or a hub id "
             f"that is downloaded or can be (`hf download {settings.name}` on a machine with a network): {_line(error)}"
         ) from error
-    if type(config) not in _AUTO[task]._model_mapping:
+    if task is not None and type(config) not in _AUTO[task]._model_mapping:
         raise ConfigError(
             f"model.name: {settings.name!r} ({config.model_type}) has no model for {_KINDS[task]}, "
             f"which the data asks for; choose another model or other data"
@@ -191,7 +194,7 @@ def _weights(
                 revision=settings.revision,
                 config=config,
                 dtype=torch.float32,
-                attn_implementation=place.attention,
+                attn_implementation=_attention(place, task, config),
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -210,6 +213,17 @@ def _weights(
     return model, fresh
 
 
+def _attention(place: Place, task: Task, config: PreTrainedConfig) -> str:
+    """What was asked for, or the faster kernel of those that the model has, for sizes that are known."""
+    if place.attention != "auto":
+        return place.attention
+    kind = _AUTO[task]._model_mapping[type(config)]
+    if not getattr(kind[0] if isinstance(kind, tuple | list) else kind, "_supports_sdpa", False):
+        return "eager"
+    shape = Shape.of(config)
+    return fastest_attention(place.device, place.dtype, shape) if shape else "sdpa"
+
+
 def _tokenizer(settings: Model, name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=settings.revision)
@@ -221,22 +235,6 @@ def _tokenizer(settings: Model, name: str, model: PreTrainedModel) -> PreTrained
         model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = "right"
     return tokenizer
-
-
-def _pixels(name: str, revision: str | None, config: PreTrainedConfig) -> Pixels:
-    """From the model's preprocessor_config.json where it has one, else from its own image size."""
-    own = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    patch = getattr(config, "patch_size", 1)
-    plain = Pixels(own, patch if isinstance(patch, int) else patch[0], own, config.num_channels)
-    file = cached_file(name, "preprocessor_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        return plain
-    said = json.loads(Path(file).read_text(encoding="utf-8"))
-    size = said.get("crop_size") if said.get("do_center_crop") else said.get("size")
-    side = next(iter(size.values())) if isinstance(size, dict) else size or own
-    mean = said.get("image_mean", plain.mean)
-    deviation = said.get("image_std", plain.deviation)
-    return Pixels(side, plain.patch, own, config.num_channels, tuple(mean), tuple(deviation))
 
 
 def _draw(model: nn.Module, fresh: Sequence[str], seed: int) -> None:

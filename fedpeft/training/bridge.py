@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -72,10 +72,8 @@ class Bridge:
         self._dora = [x for x in model.modules() if isinstance(x, DoraLinearLayer)]
         _need_own_memory(live)
         self.spec: Spec = self.read().spec
-        config = model.peft_config[_ADAPTER]
-        self.prompt_length = 0
-        if isinstance(config, PromptLearningConfig) and config.peft_type not in _PREFIXES and task == "lm":
-            self.prompt_length = int(config.num_virtual_tokens)
+        config: Any = model.peft_config[_ADAPTER]
+        self.prompt_length = int(config.num_virtual_tokens) if self.prompts_by_row and task == "lm" else 0
 
     @classmethod
     def attach(
@@ -108,27 +106,44 @@ class Bridge:
                 x.data = x.data.float()
         return cls(wrapped, method, task, base)
 
-    def read(self) -> Adapter:
-        """The adapter as it is now: fp32 copies of the trained tensors; ``fixed`` is the same object each time."""
+    def read(self, like: Adapter | None = None) -> Adapter:
+        """The adapter as it is now: fp32 copies of the trained tensors; ``fixed`` is the same object each time.
+
+        like: an adapter whose ranks the layers are cut to, the one that was written.
+        """
         layers = {n: p.value() for n, p in self._pairs.items()}
+        if like is not None:
+            layers = {n: x.cut(like.layers[n].rank) for n, x in layers.items()}
         return Adapter(layers, {n: _copied(x) for n, x in self._dense.items()}, self._fixed)
 
     def write(self, adapter: Adapter) -> None:
         """Make ``adapter`` the model's: the inverse of ``read``.
 
-        Raises ValueError naming the tensor where its shape, scale or name is not this model's.
+        Layers of a lower rank than the model's are padded with zeros, which training leaves zero: ``read(adapter)``
+        cuts them off again. Raises ValueError naming the tensor where its shape, scale or name is not this model's.
         """
-        self._check(adapter)
-        tensors = adapter.tensors()
+        tensors = self.padded(adapter).tensors()
         with torch.no_grad():
-            for name, x in self._live().items():
+            for name, x in self.live.items():
                 x.copy_(_tensor(tensors[name]).reshape(x.shape))
-            if adapter.fixed is not self._fixed:
-                for name, drawn in self._drawn.items():
-                    drawn.copy_(_tensor(adapter.fixed[name]))
-                self._fixed = adapter.fixed
+        self.write_fixed(adapter)
         for layer in self._dora:
             layer._cache_clear()
+
+    def write_fixed(self, adapter: Adapter) -> None:
+        """Make what the method drew at random, and never trains, the model's."""
+        if adapter.fixed is not self._fixed:
+            self._check_fixed(adapter)
+            with torch.no_grad():
+                for name, drawn in self._drawn.items():
+                    drawn.copy_(_tensor(adapter.fixed[name]))
+            self._fixed = adapter.fixed
+
+    def padded(self, adapter: Adapter) -> Adapter:
+        """The adapter with its layers padded to the model's ranks. Raises ValueError as ``write`` does."""
+        self._check(adapter)
+        ranks = {x.name: x.rank for x in self.spec.layers}
+        return replace(adapter, layers={n: x.pad(ranks[n]) for n, x in adapter.layers.items()})
 
     def trainable(self, parts: str) -> dict[str, nn.Parameter]:
         """Let the factors named by ``parts`` ("a", "b", "ab") and all dense leaves have gradients, and nothing else.
@@ -138,7 +153,7 @@ class Bridge:
         if not parts or set(parts) - set("ab"):
             raise ValueError(f"parts: got {parts!r}; want 'a', 'b' or 'ab'")
         chosen: dict[str, nn.Parameter] = {}
-        for name, x in self._live().items():
+        for name, x in self.live.items():
             wanted = name in self._dense or name[-1] in parts
             x.requires_grad_(wanted)
             x.grad = None
@@ -146,22 +161,28 @@ class Bridge:
                 chosen[name] = x
         return chosen
 
-    def _live(self) -> dict[str, nn.Parameter]:
+    @property
+    def prompts_by_row(self) -> bool:
+        """Whether the method puts the same prompt before every row, made once for a batch."""
+        config = self.model.peft_config[_ADAPTER]
+        return isinstance(config, PromptLearningConfig) and config.peft_type not in _PREFIXES
+
+    @property
+    def live(self) -> dict[str, nn.Parameter]:
         """The trained parameters by their names in ``Adapter.tensors``, in that order."""
         factors = {f"{n}/{p}": x for n, pair in self._pairs.items() for p, x in (("a", pair.a), ("b", pair.b))}
         return factors | self._dense
 
     def _check(self, adapter: Adapter) -> None:
-        got, want = _shape(adapter.spec), _shape(self.spec)
-        if adapter.fixed is not self._fixed:
-            got |= {f"fixed/{n}": f"{x.shape} of {x.dtype}" for n, x in adapter.fixed.items()}
-            want |= {f"fixed/{n}": f"{x.shape} of {x.dtype}" for n, x in self._fixed.items()}
-        for name in sorted(got.keys() | want.keys()):
-            if got.get(name) != want.get(name):
-                raise ValueError(
-                    f"{name}: got {got.get(name, 'none')}; want {want.get(name, 'none')}: "
-                    f"the adapter is for another method, rank or model"
-                )
+        ranks = {n: x.rank for n, x in adapter.layers.items()}
+        want = _shape(self.spec, {x.name: min(x.rank, ranks.get(x.name, x.rank)) for x in self.spec.layers})
+        _need_same(_shape(adapter.spec, ranks), want)
+
+    def _check_fixed(self, adapter: Adapter) -> None:
+        got, want = (
+            {f"fixed/{n}": f"{x.shape} of {x.dtype}" for n, x in f.items()} for f in (adapter.fixed, self._fixed)
+        )
+        _need_same(got, want)
 
 
 def shape_fingerprint(spec: Spec) -> str:
@@ -210,9 +231,18 @@ def _need_own_memory(live: Mapping[str, nn.Parameter]) -> None:
             raise ConfigError(f"adapter: {other} and {name} are one tensor trained under two names; leave tying out")
 
 
-def _shape(spec: Spec) -> dict[str, str]:
-    layers = {x.name: f"{x.d} x {x.k} of rank {x.rank} and scale {x.scale!r}" for x in spec.layers}
+def _shape(spec: Spec, ranks: Mapping[str, int]) -> dict[str, str]:
+    layers = {x.name: f"{x.d} x {x.k} of rank {ranks[x.name]} and scale {x.scale!r}" for x in spec.layers}
     return layers | {n: str(shape) for n, shape in spec.dense}
+
+
+def _need_same(got: Mapping[str, str], want: Mapping[str, str]) -> None:
+    for name in sorted(got.keys() | want.keys()):
+        if got.get(name) != want.get(name):
+            raise ValueError(
+                f"{name}: got {got.get(name, 'none')}; want {want.get(name, 'none')}: "
+                f"the adapter is for another method, rank or model"
+            )
 
 
 def _copied(x: Tensor) -> NDArray[Any]:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from fedpeft.errors import ConfigError
+from fedpeft.training.kernels import Attention, Shape, fast_in_bf16, summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,17 +17,13 @@ class Place:
     """A device, and the precision of the base's arithmetic there.
 
     In bf16 the frozen base is stored in bf16 and runs under autocast; adapters, heads, losses and
-    optimisers stay in fp32.
+    optimisers stay in fp32. attention: the kernel to load models with; "auto" is the one that is faster for the model
+    (see ``kernels``).
     """
 
     device: torch.device
     dtype: torch.dtype
-
-    @property
-    def attention(self) -> str:
-        """The attention kernel to load models with: on a CPU in bf16, torch's fused one has a backward 8 times slower
-        than its fp32 one, and plain matrix products win."""
-        return "eager" if self.device.type == "cpu" and self.dtype == torch.bfloat16 else "sdpa"
+    attention: Attention | Literal["auto"] = "auto"
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """The context that forward passes run in."""
@@ -44,20 +41,28 @@ class Place:
             yield
 
 
-def choose(device: str = "auto", precision: Literal["auto", "fp32", "bf16"] = "auto") -> Place:
+def choose(
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fastest"] = "auto",
+    attention: Attention | Literal["auto"] = "auto",
+    shape: Shape | None = None,
+) -> Place:
     """The place for these settings; ConfigError names the key where this machine does not have it.
 
     device "auto": cuda, else mps, else cpu. precision "auto": bf16 on a cuda device that has it, fp32
     everywhere else. A CPU stays in fp32 even where its bf16 products are fast, because results in fp32
-    agree between machines to rounding; ask for "bf16" there if ``fedpeft doctor`` shows a gain.
+    agree between machines to rounding. "fastest": bf16 on a CPU too, where it is measured to be clearly faster for a
+    model of this shape.
     """
     found = _device(device)
-    if precision == "auto":
-        fast = found.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return Place(found, torch.bfloat16 if fast else torch.float32)
     if precision == "bf16" and found.type == "mps":
-        raise ConfigError("training.precision: got bf16 on device mps; want fp32 or auto there")
-    return Place(found, torch.bfloat16 if precision == "bf16" else torch.float32)
+        raise ConfigError("training.precision: got bf16 on device mps; want fp32, auto or fastest there")
+    half = precision == "bf16"
+    if precision in ("auto", "fastest") and found.type == "cuda":
+        half = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif precision == "fastest" and found.type == "cpu":
+        half = shape is not None and fast_in_bf16(found, shape)
+    return Place(found, torch.bfloat16 if half else torch.float32, attention)
 
 
 def _device(name: str) -> torch.device:
@@ -75,7 +80,8 @@ def _device(name: str) -> torch.device:
 
 
 def measure(side: int = 1024, repeats: int = 4) -> dict[str, object]:
-    """What torch runs on here: threads, devices, and measured rates of a square matrix product in GFLOP/s."""
+    """What torch runs on here: threads, devices, measured rates of a square matrix product in GFLOP/s, and
+    which kernels are faster."""
     place = choose()
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
     return {
@@ -83,6 +89,7 @@ def measure(side: int = 1024, repeats: int = 4) -> dict[str, object]:
         "precision": names[place.dtype],
         "threads": torch.get_num_threads(),
         "gflops": {name: round(_rate(place.device, dtype, side, repeats), 1) for dtype, name in names.items()},
+        "faster here": summary(place.device),
     }
 
 

@@ -1,13 +1,18 @@
 """A model's sums on rows that it is not trained on."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from fedpeft.rounds import Metrics
 from fedpeft.training.bases import Base
-from fedpeft.training.batches import Encoded, by_length, collate
+from fedpeft.training.batches import by_length, collate
 from fedpeft.training.devices import Place
-from fedpeft.training.objectives import cross_entropy, predictions, right
+from fedpeft.training.objectives import predictions
+from fedpeft.training.tokens import Encoded
 
 _ROWS = 64  # in one forward pass, for labels; replies have a word's logits at each position, and take fewer
 
@@ -17,12 +22,31 @@ def measure(model: nn.Module, base: Base, rows: Encoded, batch: int, image_size:
 
     batch: the rows of one pass of a language model; classifiers take 64.
     """
+    return measure_each(model, base, [rows], batch, image_size, place)[0]
+
+
+def measure_each(
+    model: nn.Module, base: Base, clients: Sequence[Encoded], batch: int, image_size: int | None, place: Place
+) -> list[Metrics]:
+    """``measure`` of each client's rows, all of one store: rows of several clients share a pass."""
     model.eval()
-    done = Metrics(examples=len(rows))
+    store = clients[0].store
+    index = np.concatenate([x.index for x in clients])
+    owner = np.repeat(np.arange(len(clients)), [len(x) for x in clients])
+    sums = np.zeros((3, len(clients)))
     with torch.inference_mode():
-        for index in by_length(rows.lengths, batch if base.task == "lm" else max(batch, _ROWS)):
-            x = collate(rows, index, base, image_size, place.device)
+        for chosen in by_length(store.lengths(index), batch if base.task == "lm" else max(batch, _ROWS)):
+            x = collate(store, index[chosen], base, image_size, place.device)
             with place.arithmetic():
                 logits = predictions(model, base.head, x)
-            done += Metrics(cross_entropy(logits, x.targets).item(), x.units, right(logits, x.targets))
-    return done
+            losses = functional.cross_entropy(logits, x.targets, reduction="none").cpu().numpy()
+            hits = (logits.argmax(dim=-1) == x.targets).cpu().numpy()
+            whose = owner[chosen]
+            if x.where is not None:
+                whose = np.repeat(whose, x.where.sum(dim=1).cpu().numpy())
+            for row, each in zip(sums, (losses, np.ones_like(losses), hits), strict=True):
+                np.add.at(row, whose, each)
+    return [
+        Metrics(float(loss), int(units), int(right), examples=len(rows))
+        for loss, units, right, rows in zip(*sums, clients, strict=True)
+    ]

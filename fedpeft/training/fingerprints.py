@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from fedpeft.training.cache import keep
 from fedpeft.training.environment import cache_folder
 
 # What changes a model's answers and is not seen in its weights.
@@ -37,7 +36,7 @@ def fingerprint(model: PreTrainedModel, fresh: Sequence[str], files: Sequence[Pa
     if kept.is_file() and len(text := kept.read_text()) == 64:
         return text
     text = _of_weights(model, frozenset(fresh))
-    _keep(kept, text)
+    keep(kept, [text.encode()])
     return text
 
 
@@ -66,13 +65,3 @@ def _stamp(file: Path) -> str:
 
 def _digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _keep(file: Path, text: str) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as scratch:
-            scratch.write(text)
-        os.replace(scratch.name, file)
-    except OSError:
-        return

@@ -1,31 +1,33 @@
 """Many clients on one base model in memory: lent to one client after another."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import groupby
 from typing import Self, cast, get_args
-
-import torch
 
 from fedpeft.adapters import Adapter
 from fedpeft.data import Federation, Part
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import Done, Failed, Job, Metrics, Trial
-from fedpeft.training.bases import Base, load_base
-from fedpeft.training.batches import Encoded, encode
+from fedpeft.training.bases import Base, load_base, place_for
 from fedpeft.training.bridge import Bridge, shape_fingerprint
-from fedpeft.training.devices import Place, choose
-from fedpeft.training.evaluate import measure
+from fedpeft.training.devices import Place
+from fedpeft.training.evaluate import measure_each
 from fedpeft.training.methods import Method
 from fedpeft.training.packaged import Progress
 from fedpeft.training.settings import Model, Training
 from fedpeft.training.steps import fit
 from fedpeft.training.tails import beside
+from fedpeft.training.token_files import kept
+from fedpeft.training.tokens import Encoded, Store
+
+_TRIALS = 64  # of one adapter that share passes: more would keep the first ones waiting
 
 
 @dataclass(slots=True, eq=False)
 class TorchTrainer:
-    """A ``rounds.Trainer``. Make one with ``load``; the rows of a client are tokenised when first needed, and kept.
+    """A ``rounds.Trainer``. Make one with ``load``; the rows of all clients are tokenised together when first needed.
 
     A job's result depends on the job alone: not on the jobs before it, nor on who else is in the list.
     """
@@ -36,7 +38,7 @@ class TorchTrainer:
     federation: Federation
     place: Place
     _start: Adapter
-    _rows: dict[tuple[int | None, str], Encoded] = field(default_factory=dict)
+    _store: Store | None = None
 
     @classmethod
     def load(
@@ -52,13 +54,11 @@ class TorchTrainer:
 
         ConfigError, naming the key, for a setting that this model or machine can't run.
         """
-        place = choose(training.device, training.precision)
-        if training.threads is not None:
-            torch.set_num_threads(training.threads)
+        place = place_for(model, training, progress)
         table = federation.table
         frozen = load_base(model, table.task, table.classes, seed, place, progress)
         training = _fitting(frozen, training)
-        bridge = Bridge.attach(frozen.model, method, table.task, seed)
+        bridge = Bridge.attach(frozen.model, method, table.task, seed, frozen.fresh)
         return cls(frozen, bridge, training, federation, place, bridge.read())
 
     def over(self, federation: Federation, training: Training) -> Self:
@@ -68,8 +68,9 @@ class TorchTrainer:
         client trains for as many epochs as all rounds have; centralised, one client holds all rows.
         """
         training = _fitting(self.frozen, training)
-        same = federation is self.federation and training.length == self.training.length
-        return replace(self, federation=federation, training=training, _rows=self._rows if same else {})
+        same = federation.table is self.federation.table and training.length == self.training.length
+        store = self._store if same and self._store is not None and self._store.holds(federation.used()) else None
+        return replace(self, federation=federation, training=training, _store=store)
 
     @property
     def base(self) -> str:
@@ -86,36 +87,63 @@ class TorchTrainer:
             try:
                 yield self._train(job)
             except Exception as error:
-                yield Failed(_reason(job.client, error))
+                yield Failed(reason(job.client, error))
 
     def evaluate_many(self, trials: Sequence[Trial]) -> Iterator[Metrics | Failed]:
-        """Evaluate each trial; consecutive trials of one adapter set it up once. No rows give zeros."""
+        """Evaluate each trial; consecutive trials of one adapter set it up once, and share passes. No rows: zeros."""
         loaded: Adapter | None = None
-        for trial in trials:
-            try:
-                rows = self.rows(trial.client, trial.split)
-                if trial.adapter is not loaded:
-                    loaded = None
-                    self.bridge.write(trial.adapter)
-                    loaded = trial.adapter
-                with beside(self.bridge.model, trial.tail, self.place.device):
-                    yield measure(
-                        self.bridge.model,
-                        self.frozen,
-                        rows,
-                        self.training.batch,
-                        self.training.image_size,
-                        self.place,
-                    )
-            except Exception as error:
-                yield Failed(_reason(trial.client, error))
+        for (adapter, _), run in groupby(trials, key=lambda x: (x.adapter, x.tail)):
+            for some in _cut(list(run), _TRIALS):
+                results: dict[int, Metrics | Failed] = {}
+                rows: dict[int, Encoded] = {}
+                for number, trial in enumerate(some):
+                    try:
+                        rows[number] = self.rows(trial.client, trial.split)
+                    except Exception as error:
+                        results[number] = Failed(reason(trial.client, error))
+                try:
+                    if rows and adapter is not loaded:
+                        loaded = None
+                        self.bridge.write(adapter)
+                        loaded = adapter
+                    results |= self._measured(some, rows)
+                except Exception as error:
+                    results |= {number: Failed(reason(some[number].client, error)) for number in rows}
+                yield from (results[number] for number in range(len(some)))
+
+    @property
+    def together(self) -> int:
+        """How many clients are trained in one step."""
+        return 1
+
+    @property
+    def refusal(self) -> str:
+        """Why clients are trained one after another where more in one step were asked for; empty if they were not."""
+        return ""
 
     def rows(self, client: int | None, split: str) -> Encoded:
         """A client's split as tokens or pixels; the central test set for client None."""
-        key = (client, split)
-        if key not in self._rows:
-            self._rows[key] = encode(self.federation.part(client, _part(split)), self.frozen, self.training.length)
-        return self._rows[key]
+        return self.store.view(self.federation.rows(client, _part(split)))
+
+    @property
+    def store(self) -> Store:
+        """The rows of all clients and the central test set as tokens or pixels: made when first needed, and kept."""
+        if self._store is None:
+            self._store = kept(self.federation.table, self.frozen, self.training.length, self.federation.used())
+        return self._store
+
+    def _measured(self, trials: Sequence[Trial], rows: Mapping[int, Encoded]) -> dict[int, Metrics | Failed]:
+        """Metrics of the trials that have rows: in shared passes, or, where one breaks them, each by itself."""
+        size, batch = self.training.image_size, self.training.batch
+        try:
+            with beside(self.bridge.model, trials[0].tail, self.place.device):
+                each = list(rows.values())
+                found = measure_each(self.bridge.model, self.frozen, each, batch, size, self.place) if each else []
+            return dict(zip(rows, found, strict=True))
+        except Exception as error:
+            if len(rows) == 1:
+                return {number: Failed(reason(trials[number].client, error)) for number in rows}
+            return {n: x for number in rows for n, x in self._measured(trials, {number: rows[number]}).items()}
 
     def _train(self, job: Job) -> Done:
         rows = self.rows(job.client, "train")
@@ -123,7 +151,11 @@ class TorchTrainer:
         parameters = self.bridge.trainable(job.trains)
         with beside(self.bridge.model, job.tail, self.place.device):
             metrics = fit(self.bridge.model, parameters, self.frozen, rows, self.training, job.seed, self.place)
-        return Done(self.bridge.read(), metrics)
+        return Done(self.bridge.read(job.start), metrics)
+
+
+def _cut(trials: Sequence[Trial], size: int) -> Iterator[Sequence[Trial]]:
+    return (trials[i : i + size] for i in range(0, len(trials), size))
 
 
 def _part(name: str) -> Part:
@@ -133,7 +165,8 @@ def _part(name: str) -> Part:
     raise ValueError(f"split: got {name!r}; want {', '.join(get_args(Part))}")
 
 
-def _reason(client: int | None, error: Exception) -> str:
+def reason(client: int | None, error: Exception) -> str:
+    """What is said of a job or trial that failed."""
     who = "central" if client is None else f"client {client}"
     return f"{who}: {error}" if str(error) else f"{who}: {type(error).__name__}"
 
@@ -149,6 +182,6 @@ def _fitting(base: Base, training: Training) -> Training:
             )
         return replace(training, image_size=side)
     most = getattr(base.model.config, "max_position_embeddings", None)
-    if most is not None and training.length > most:
+    if most is not None and 0 < most < training.length:  # XLNet says -1: it has no limit
         raise ConfigError(f"training.length: got {training.length}; the model takes at most {most} tokens")
     return training

@@ -38,8 +38,10 @@ class Training:
     clipping); momentum: of sgd; prox: FedProx's μ; length: most tokens of a row; image_size: side in
     pixels that images are resized to (unset: the model's own); checkpointing: recompute activations in
     the backward pass, which saves memory and takes about a third longer; device: "auto" (cuda, else mps,
-    else cpu) or a torch device; precision: of the base's arithmetic (see ``devices``), while adapters and
-    optimiser stay in fp32; threads: of this process (unset: torch's choice).
+    else cpu) or a torch device; precision: of the base's arithmetic, while adapters and optimiser stay in fp32:
+    "auto" is bf16 on a cuda device that has it and fp32 elsewhere, "fastest" bf16 wherever it is measured to be
+    clearly faster; attention: the kernel, "auto" the one that is measured to be faster for the model; threads: of
+    this process (unset: torch's choice).
     """
 
     optimiser: Literal["adamw", "sgd"] = "adamw"
@@ -56,7 +58,8 @@ class Training:
     image_size: int | None = None
     checkpointing: bool = False
     device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fastest"] = "auto"
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +77,8 @@ class Training:
             ("prox", isfinite(self.prox) and self.prox >= 0, "0 or more"),
             ("length", self.length >= 2, "at least 2 tokens"),
             ("image_size", self.image_size is None or self.image_size >= 1, "at least 1 pixel, or leave it out"),
-            ("precision", self.precision in ("auto", "fp32", "bf16"), "auto, fp32 or bf16"),
+            ("precision", self.precision in ("auto", "fp32", "bf16", "fastest"), "auto, fp32, bf16 or fastest"),
+            ("attention", self.attention in ("auto", "eager", "sdpa"), "auto, eager or sdpa"),
             ("threads", self.threads is None or self.threads >= 1, "at least 1, or leave it out"),
         ):
             if not good:

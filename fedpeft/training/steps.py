@@ -12,10 +12,11 @@ from torch import nn
 from fedpeft.data import Rows
 from fedpeft.rounds import Metrics
 from fedpeft.training.bases import Base
-from fedpeft.training.batches import Batch, Encoded, collate, order
+from fedpeft.training.batches import Batch, collate, order
 from fedpeft.training.devices import Place
 from fedpeft.training.objectives import Proximal, cross_entropy, predictions, right
 from fedpeft.training.settings import Training
+from fedpeft.training.tokens import Encoded
 
 
 def fit(
@@ -33,17 +34,15 @@ def fit(
     batches, so that how they are cut makes no difference. The result depends on nothing but the arguments.
     ValueError if there are no rows, FloatingPointError if the loss stops being finite.
     """
-    if not len(rows):
-        left_out = f": all {rows.dropped} were cut before their reply; raise training.length" if rows.dropped else ""
-        raise ValueError(f"no rows to train on{left_out}")
+    need_rows(rows)
     chosen = list(parameters.values())
     for x in chosen:
         x.grad = None
     start = [x.detach().clone() for x in chosen] if training.prox else []
     optimiser = _optimiser(chosen, training)
     done = Metrics(examples=len(rows))
-    with place.seeded(seed), _training(model), base.recomputing(training.checkpointing):
-        for number, group in enumerate(_groups(rows, training, np.random.default_rng(seed))):
+    with place.seeded(seed), in_training(model), base.recomputing(training.checkpointing):
+        for number, group in enumerate(groups(rows, training, np.random.default_rng(seed))):
             batches = [collate(rows, index, base, training.image_size, place.device) for index in group]
             units = sum(x.units for x in batches)
             for batch in batches:
@@ -57,6 +56,13 @@ def fit(
     return done
 
 
+def need_rows(rows: Encoded) -> None:
+    """Raise ValueError if there are no rows to train on."""
+    if not len(rows):
+        left_out = f": all {rows.dropped} were cut before their reply; raise training.length" if rows.dropped else ""
+        raise ValueError(f"no rows to train on{left_out}")
+
+
 def _backward(model: nn.Module, head: nn.Module | None, batch: Batch, units: int, number: int, place: Place) -> Metrics:
     """Add this batch's share to the gradient of the mean loss over ``units``."""
     with place.arithmetic():
@@ -64,24 +70,29 @@ def _backward(model: nn.Module, head: nn.Module | None, batch: Batch, units: int
     loss = cross_entropy(logits, batch.targets)
     total = loss.item()
     if not isfinite(total):
-        raise FloatingPointError(f"the loss is {total} at step {number + 1}: lower training.lr, or set training.clip")
+        raise FloatingPointError(diverged(total, number + 1))
     correct = right(logits, batch.targets)
     del logits  # the backward pass does not need them, and with a large vocabulary they are a quarter of its peak
     (loss / units).backward()  # type: ignore[no-untyped-call]  # torch's own
     return Metrics(total, batch.units, correct)
 
 
-def _groups(rows: Encoded, training: Training, rng: np.random.Generator) -> Iterator[Sequence[Rows]]:
+def diverged(loss: float, step: int) -> str:
+    """What to say of a loss that is not finite."""
+    return f"the loss is {loss} at step {step}: lower training.lr, or set training.clip"
+
+
+def groups(rows: Encoded, training: Training, rng: np.random.Generator) -> Iterator[Sequence[Rows]]:
     """The batches of each optimiser step: whole epochs, or as many of them as the set number of steps takes."""
     lengths = rows.lengths
 
-    def all_groups() -> Iterator[Sequence[Rows]]:
+    def allgroups() -> Iterator[Sequence[Rows]]:
         for _ in count() if training.steps is not None else range(training.epochs):
             batches = order(lengths, training.batch, rng)
             for i in range(0, len(batches), training.accumulate):
                 yield batches[i : i + training.accumulate]
 
-    return islice(all_groups(), training.steps)
+    return islice(allgroups(), training.steps)
 
 
 def _optimiser(parameters: Sequence[nn.Parameter], training: Training) -> torch.optim.Optimizer:
@@ -93,7 +104,7 @@ def _optimiser(parameters: Sequence[nn.Parameter], training: Training) -> torch.
 
 
 @contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
+def in_training(model: nn.Module) -> Iterator[None]:
     """The model in training mode, but for batch norms, whose running means would carry over to the next client."""
     model.train()
     for module in model.modules():

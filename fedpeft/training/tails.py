@@ -19,14 +19,15 @@ def beside(model: nn.Module, tail: Mapping[str, LowRank], device: torch.device) 
     hooks = []
     try:
         for name, x in tail.items():
-            hooks.append(_layer(model, name).register_forward_hook(_adding(name, x, device)))
+            hooks.append(layer(model, name).register_forward_hook(_adding(name, x, device)))
         yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _layer(model: nn.Module, name: str) -> nn.Module:
+def layer(model: nn.Module, name: str) -> nn.Module:
+    """A model's module by its name. ValueError if there is none."""
     try:
         return model.get_submodule(name)
     except AttributeError as error:

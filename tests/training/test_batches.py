@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from fedpeft.data import Table
 from fedpeft.errors import ConfigError
-from fedpeft.training.bases import Pixels, load_base
-from fedpeft.training.batches import by_length, collate, encode, normalised, order
+from fedpeft.training.bases import load_base
+from fedpeft.training.batches import by_length, collate, normalised, order
 from fedpeft.training.devices import choose
+from fedpeft.training.pixels import Pixels
 from fedpeft.training.settings import Model
+from fedpeft.training.tokens import encode
 
 CPU = torch.device("cpu")
 
@@ -88,7 +90,7 @@ def replied(base, rows, index):
 
 def test_the_targets_of_a_dialogue_are_the_reply_and_its_end_and_nothing_of_the_prompt(llama):
     rows = encode(Table("lm", ("hi you", "say"), ("yes!", "ab c")), llama, 64)
-    assert llama.words.decode(rows.tokens[0]) == "<user>hi you</s><bot>yes!</s>"
+    assert llama.words.decode(rows.store.row(0)) == "<user>hi you</s><bot>yes!</s>"
     batch, text = replied(llama, rows, [1, 0])
     assert text == "ab c</s>yes!</s>"
     assert batch.units == 10
@@ -115,13 +117,13 @@ def test_without_a_chat_template_prompt_and_reply_are_a_line_each(llama):
     )
     plain = replace(llama, tokenizer=words)
     rows = encode(Table("lm", ("hi",), ("yes",)), plain, 64)
-    assert words.decode(rows.tokens[0]) == "<s>hi\nyes</s>"
+    assert words.decode(rows.store.row(0)) == "<s>hi\nyes</s>"
     assert replied(plain, rows, [0])[1] == "yes</s>"
 
 
 def test_plain_text_has_no_prompt_and_all_of_it_is_predicted(llama):
     rows = encode(Table("lm", ("",), ("some text",)), llama, 64)
-    assert llama.words.decode(rows.tokens[0]) == "<s>some text</s>"
+    assert llama.words.decode(rows.store.row(0)) == "<s>some text</s>"
     assert replied(llama, rows, [0])[1] == "some text</s>"
 
 

@@ -90,3 +90,38 @@ def test_the_models_of_the_packages_are_ready():
         "smollm2": "ready",
         "dinov2-small": "ready",
     }
+
+
+STARTING = """
+import gc, json, sys
+from fedpeft.training.environment import starting
+said = []
+try:
+    with starting():
+        said.append(gc.isenabled())
+        if sys.argv[1] == "error":
+            raise KeyError
+except KeyError:
+    pass
+said += [gc.isenabled(), gc.get_freeze_count() > 10_000]
+gc.unfreeze()
+sys.modules["torch"] = None
+with starting():
+    said.append(gc.isenabled())
+said.append(gc.get_freeze_count() > 10_000)
+del sys.modules["torch"]
+gc.disable()
+with starting():
+    pass
+said.append(gc.isenabled())
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.parametrize("way", ["plain", "error"])
+def test_the_collector_rests_while_torch_is_imported_and_not_later(way):
+    done = subprocess.run([sys.executable, "-c", STARTING, way], capture_output=True, text=True, check=True)
+    off, on_again, frozen, on_later, frozen_later, as_the_user_has_it = json.loads(done.stdout)
+    assert (off, on_again, frozen) == (False, True, True)
+    assert (on_later, frozen_later) == (True, False), "once torch is there, models would be kept for good"
+    assert as_the_user_has_it is False

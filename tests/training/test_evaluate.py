@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from fedpeft.adapters import same
+from fedpeft.adapters import LowRank, same
 from fedpeft.rounds import Failed, Job, Metrics, Trial
+from fedpeft.training import loop
 from fedpeft.training.evaluate import measure
 from fedpeft.training.loop import TorchTrainer
 from fedpeft.training.settings import Method, Model, Training
@@ -108,3 +110,110 @@ def test_another_adapter_is_evaluated_as_itself(words):
     one, two, three = words.evaluate_many([Trial(0, "train", x) for x in (start, job.trained, start)])
     assert one == three
     assert abs(two.loss - one.loss) > 1e-3
+
+
+def passes(found, trials):
+    """The results, and how many forward passes they took."""
+    count = []
+    hook = found.bridge.model.register_forward_hook(lambda *_: count.append(1))
+    results = list(found.evaluate_many(trials))
+    hook.remove()
+    return results, len(count)
+
+
+def assert_equal(got, want):
+    assert (got.units, got.correct, got.examples) == (want.units, want.correct, want.examples)
+    assert got.loss == pytest.approx(want.loss, rel=1e-5)  # rows are padded to another length
+
+
+@pytest.mark.parametrize("model", ["tiny-bert", "tiny-llama", "tiny-vit"])
+def test_trials_of_one_adapter_share_passes_and_each_has_its_own_sums(sentences, dialogues, pictures, share, model):
+    table, method = {
+        "tiny-bert": (sentences, Method(targets=("query",))),
+        "tiny-llama": (dialogues, Method(targets=("q_proj",))),
+        "tiny-vit": (pictures, Method(targets=("q_proj",))),
+    }[model]
+    found = TorchTrainer.load(Model(model), method, TRAINING, share(table, 3, 1, 0, 5, 2), 3)
+    places = [(0, "train"), (1, "train"), (2, "train"), (3, "train"), (None, "test"), (0, "validation"), (4, "train")]
+    trials = [Trial(client, split, found.start()) for client, split in places]
+    each = [next(iter(found.evaluate_many([x]))) for x in trials]
+    together, count = passes(found, trials)
+    for got, want in zip(together, each, strict=True):
+        assert_equal(got, want)
+    assert together[2] == Metrics()
+    assert len({x.loss for x in together}) == len(together), "the sums should differ"
+    rows = 3 + 1 + 5 + 2 + 1 + len(found.rows(None, "test"))
+    assert count == (-(-rows // 4) if model == "tiny-llama" else 1)
+
+
+def test_a_row_that_two_trials_have_counts_for_both(words):
+    one, other, alone = words.evaluate_many([Trial(0, "train", words.start())] * 2 + [Trial(1, "train", words.start())])
+    assert one == other
+    assert one.examples == 9
+    assert alone.examples == 13
+
+
+def test_more_trials_than_share_a_pass_come_in_their_order(words, monkeypatch):
+    monkeypatch.setattr(loop, "_TRIALS", 3)
+    trials = [Trial(i % 2 if i % 3 else None, "test" if i % 3 == 0 else "train", words.start()) for i in range(8)]
+    results, count = passes(words, trials)
+    assert [x.examples for x in results] == [7, 13, 9, 7, 9, 13, 7, 13]
+    assert count == 3
+    many = list(words.evaluate_many(trials[:1])) * 8
+    assert_equal(results[6], many[0])
+
+
+def test_trials_with_a_path_beside_the_adapter_are_kept_apart_from_those_without(words):
+    start = words.start()
+    name, x = next(iter(start.layers.items()))
+    draw = np.random.default_rng(4).standard_normal
+    a, b = (draw(shape).astype(np.float32) for shape in ((2, x.a.shape[1]), (x.b.shape[0], 2)))
+    tail = {name: LowRank(a, b, 1.0)}
+    plain, beside, also = Trial(0, "train", start), Trial(0, "train", start, tail), Trial(1, "train", start, tail)
+    each = [next(iter(words.evaluate_many([x]))) for x in (plain, beside, also, plain)]
+    for got, want in zip(words.evaluate_many([plain, beside, also, plain]), each, strict=True):
+        assert_equal(got, want)
+    assert abs(each[0].loss - each[1].loss) > 1e-3
+
+
+def test_a_trial_that_breaks_the_pass_it_shares_fails_alone(words, monkeypatch):
+    whole = loop.measure_each
+
+    def fragile(model, base, clients, *rest):
+        if any(len(x) == 13 for x in clients):
+            raise RuntimeError("the file of an image is damaged")
+        return whole(model, base, clients, *rest)
+
+    trials = [Trial(0, "train", words.start()), Trial(1, "train", words.start()), Trial(None, "test", words.start())]
+    want = [next(iter(words.evaluate_many([x]))) for x in trials]
+    monkeypatch.setattr(loop, "measure_each", fragile)
+    first, broken, last = words.evaluate_many(trials)
+    assert broken == Failed("client 1: the file of an image is damaged")
+    assert_equal(first, want[0])
+    assert_equal(last, want[2])
+
+
+def test_an_adapter_that_does_not_fit_fails_its_trials_and_the_next_go_on(words):
+    start = words.start()
+    wrong = replace(start, dense={})
+    one, two, stranger, good = words.evaluate_many(
+        [*(Trial(i, "train", wrong) for i in (0, 1)), Trial(9, "train", wrong), Trial(0, "train", start)]
+    )
+    assert one.reason.startswith("client 0: base_model.model.classifier")
+    assert two.reason.startswith("client 1: base_model.model.classifier")
+    assert stranger == Failed("client 9: got client 9; want 0 to 1")
+    assert good.examples == 9
+
+
+def test_after_an_adapter_that_could_not_be_set_up_the_one_before_is_set_up_again(words):
+    start = words.start()
+    wrong = replace(start, fixed={"more": np.zeros(1)}).moved({n: x + 1 for n, x in start.tensors().items()})
+    before, broken, after = words.evaluate_many([Trial(0, "train", x) for x in (start, wrong, start)])
+    assert "fixed/more" in broken.reason
+    assert after == before
+
+
+def test_a_path_that_does_not_fit_fails_each_of_its_trials(words):
+    tail = {"nowhere": LowRank(np.ones((1, 2)), np.ones((2, 1)), 1.0)}
+    results = list(words.evaluate_many([Trial(i, "train", words.start(), tail) for i in (0, 1)]))
+    assert results == [Failed(f"client {i}: tail: the model has no layer 'nowhere'") for i in (0, 1)]

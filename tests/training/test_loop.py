@@ -309,7 +309,7 @@ def test_settings_that_the_model_or_machine_can_not_run_are_refused_by_key(
         ({"momentum": 0.5}, "momentum: got 0.5; want 0 with adamw, which has its own"),
         ({"prox": -0.1}, "prox: got -0.1; want 0 or more"),
         ({"length": 1}, "length: got 1; want at least 2 tokens"),
-        ({"precision": "fp16"}, "precision: got fp16; want auto, fp32 or bf16"),
+        ({"precision": "fp16"}, "precision: got fp16; want auto, fp32, bf16 or fastest"),
         ({"optimiser": "lion"}, "optimiser: got lion; want adamw or sgd"),
     ],
 )

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from fedpeft.training.bases import load_base
-from fedpeft.training.batches import collate, encode
+from fedpeft.training.batches import collate
 from fedpeft.training.devices import choose
 from fedpeft.training.objectives import Proximal, cross_entropy, predictions, right
 from fedpeft.training.settings import Model
+from fedpeft.training.tokens import encode
 
 
 def test_the_gradient_of_the_proximal_term_is_mu_times_the_distance_for_both_signs():
