@@ -17,7 +17,7 @@ from rich.table import Table
 from fedpeft import __version__
 from fedpeft.errors import ConfigError, DataError, ProtocolError
 from fedpeft.terminal import Terminal, headline, size, words
-from fedpeft.training.environment import prepare
+from fedpeft.training.environment import prepare, starting
 
 app = typer.Typer(
     help="Fine-tune transformer models across clients that keep their data: only adapter changes travel.",
@@ -102,8 +102,8 @@ def check(
     share = ahead.parameters / ahead.base_parameters
     table = Table(show_header=False, box=None)
     for what, value in (
-        ("clients", f"{ahead.clients}, {ahead.cohort} in each round, {ahead.least} answers at least"),
-        ("rows", f"{ahead.rows} to train on; {ahead.smallest} to {ahead.largest} a client"),
+        ("clients", f"{ahead.clients:,}, {ahead.cohort:,} in each round, {ahead.least} answers at least"),
+        ("rows", f"{ahead.rows:,} to train on; {ahead.smallest} to {ahead.largest} a client"),
         (
             "trained numbers",
             f"{ahead.parameters:,} of {ahead.base_parameters:,} ({share:.2%})",
@@ -111,7 +111,12 @@ def check(
         ("up", f"{size(ahead.bytes_up)} a client and round"),
         ("down", f"{size(ahead.bytes_down)} a client and round, and {size(ahead.bytes_once)} once"),
         ("memory", f"about {size(ahead.memory)} at the peak, of this machine's {size(ahead.available)}"),
+        ("in one step", f"{ahead.together} of a round's clients" if ahead.together > 1 else "one client"),
     ):
+        table.add_row(f"[bold]{what}[/]", value)
+    if ahead.refusal:
+        table.add_row("[bold]because[/]", f"{found.adapter.method} can't be trained for many at once: {ahead.refusal}")
+    for what, value in ahead.outlook.lines() if ahead.outlook is not None else ():
         table.add_row(f"[bold]{what}[/]", value)
     console.print(table, highlight=False)
 
@@ -131,11 +136,13 @@ def compare(
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("comparison"),
 ) -> None:
     """Runs side by side: a table here, figures in a page. Runs that differ in nothing but the seed are pooled."""
+    from fedpeft.report import arrival_table, table, write_comparison
     from fedpeft.report import compare as side_by_side
-    from fedpeft.report import table, write_comparison
 
     found = side_by_side(runs)
     console.print(table(found))
+    if (arrivals := arrival_table(found)) is not None:
+        console.print(arrivals)
     console.print(f"figures: {write_comparison(found, out)}")
 
 
@@ -192,10 +199,11 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 
 
 def _run(experiment: Path, change: list[str], folder: Path | None, force: bool) -> None:
-    from fedpeft import config
-    from fedpeft.run import simulate
+    with starting():
+        from fedpeft import config
+        from fedpeft.run import simulate
 
-    found = config.read(experiment, change)
+        found = config.read(experiment, change)
     with _terminal() as view:
         _finish(simulate(found, folder or Path("runs") / found.name, view, force=force, fresh=True))
 

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.errors import ConfigError
 from fedpeft.flower.answers import pack_refusal
-from fedpeft.flower.inprocess import InProcessGrid, NodeConfig
+from fedpeft.flower.inprocess import Alike, InProcessGrid, NodeConfig
 from fedpeft.flower.requests import settings_of
 from fedpeft.flower.serve import Participant, refusal_of, serve
 
@@ -66,8 +66,7 @@ def in_process(build: Build, clients: int, config: NodeConfig | None = None) -> 
     def handle(messages: Sequence[Message], nodes: Mapping[int, NodeConfig]) -> Iterator[Message]:
         return answer(build, messages, nodes)
 
-    nodes = [{**(config or {}), "partition-id": i, "num-partitions": clients} for i in range(clients)]
-    return InProcessGrid(handle, nodes)
+    return InProcessGrid(handle, Alike(config or {}, clients))
 
 
 def answer(build: Build, messages: Sequence[Message], nodes: Mapping[int, NodeConfig]) -> Iterator[Message]:

@@ -43,7 +43,7 @@ def drive(fleet: Fleet, round: Round, deadline: float, on_reply: OnReply = _igno
     """
     post = Post(fleet.grid, "train", str(round.state.task.round), fleet.clock, fleet.sleep)
     while not round.is_over:
-        writer = _Writer(fleet, "train")
+        writer = Writer(fleet, "train")
         for client in post.push(list(_letters(fleet, round, writer)), deadline):
             round.refuse(client, "the message could not be sent")
         for reply in post.replies(deadline, lambda: round.is_settled):
@@ -68,7 +68,7 @@ def evaluate(
     What is wrong with an answer is never raised: that client is in ``refused``.
     """
     post = Post(fleet.grid, "evaluate", str(state.task.round), fleet.clock, fleet.sleep)
-    writer = _Writer(fleet, "evaluate")
+    writer = Writer(fleet, "evaluate")
     whole = max((x.rank for x in state.task.spec.layers), default=0)
     letters: list[Letter] = []
     refused: list[tuple[int, str]] = []
@@ -99,7 +99,7 @@ def evaluate(
 
 
 @dataclass(slots=True)
-class _Writer:
+class Writer:
     """Writes the letters of one pass; those of one rank share one record, so that it is packed once."""
 
     fleet: Fleet
@@ -114,7 +114,7 @@ class _Writer:
             self._digests[rank] = digest_of(constants) if constants else ""
         digest = self._digests[rank]
         write = partial(self._write, rank, broadcast, constant, parts)
-        is_held = not digest or digest in self.fleet.holds.setdefault(client, set())
+        is_held = not digest or digest in self.fleet.holds[client]
         in_full = partial(write, True) if digest and is_held else None
         return Letter(client, self.fleet.nodes[client], write(not is_held), digest, in_full)
 
@@ -128,7 +128,7 @@ class _Writer:
         return self._packed[key]
 
 
-def _letters(fleet: Fleet, round: Round, writer: _Writer) -> Iterator[Letter]:
+def _letters(fleet: Fleet, round: Round, writer: Writer) -> Iterator[Letter]:
     outbox = round.outbox()
     order = sorted(outbox)
     if round.enough is not None:  # else a grid that answers in order would always leave out the same clients
@@ -144,7 +144,7 @@ def _receive(round: Round, reply: Reply) -> str | None:
     """Give an answer to the round; the reason if it was refused."""
     client = reply.letter.client
     try:
-        term = unpack_term(_content(reply))
+        term = term_of(reply)
     except ProtocolError as error:
         if reply.is_current:
             round.refuse(client, str(error))
@@ -165,6 +165,11 @@ def _stale(round: Round, term: Term) -> str:
     if (term.round, term.pass_) == (task.round, task.pass_):
         return ""
     return f"the answer is for round {term.round}, pass {term.pass_}; want round {task.round}, pass {task.pass_}"
+
+
+def term_of(reply: Reply) -> Term:
+    """What a client answered. Raises ProtocolError for a refusal, and for what is no answer."""
+    return unpack_term(_content(reply))
 
 
 def _content(reply: Reply) -> RecordDict:

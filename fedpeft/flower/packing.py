@@ -104,6 +104,13 @@ def payload_bytes(content: RecordDict) -> int:
     return len(buffer) + len(manifest)
 
 
+def tensor_bytes(content: RecordDict) -> dict[str, int]:
+    """The bytes of each tensor in a packed record. Raises ProtocolError."""
+    buffer, deflated = _parts(content)
+    places = _places(_manifest(deflated)["tensors"], len(buffer))
+    return {name: prod(shape) * _DTYPES[dtype].itemsize for name, (dtype, shape, _) in places.items()}
+
+
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256, in hex, of tensors with their names, dtypes and shapes; the order of names does not count."""
     total = sha256()

@@ -4,7 +4,8 @@ Replies are matched by the message that they reply to and never by who sends the
 own error replies for lost nodes come from node 1.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message, RecordDict
@@ -22,13 +23,15 @@ class Traffic:
     """What a phase cost on the wire.
 
     bytes_down, bytes_up: packed records, to and from clients; timeline: (client, sent, answered) in
-    seconds since the phase began; strays: replies to messages that this phase did not send.
+    seconds since the phase began; strays: replies to messages that this phase did not send; each: the bytes down
+    and up of each client.
     """
 
     bytes_down: int = 0
     bytes_up: int = 0
     timeline: tuple[tuple[int, float, float], ...] = ()
     strays: int = 0
+    each: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,8 +75,8 @@ class Post:
     _earlier: dict[str, Letter] = field(default_factory=dict, init=False)
     _sent: dict[str, float] = field(default_factory=dict, init=False)
     _timeline: list[tuple[int, float, float]] = field(default_factory=list, init=False)
-    _down: int = field(default=0, init=False)
-    _up: int = field(default=0, init=False)
+    _down: Counter[int] = field(default_factory=Counter, init=False)
+    _up: Counter[int] = field(default_factory=Counter, init=False)
     _strays: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -82,7 +85,8 @@ class Post:
     @property
     def traffic(self) -> Traffic:
         """The cost so far; the timeline in ascending order of answers."""
-        return Traffic(self._down, self._up, tuple(self._timeline), self._strays)
+        each = {client: (self._down[client], self._up[client]) for client in sorted(self._down.keys() | self._up)}
+        return Traffic(self._down.total(), self._up.total(), tuple(self._timeline), self._strays, each)
 
     def push(self, letters: Iterable[Letter], seconds: float) -> tuple[int, ...]:
         """Send letters that are good for so many seconds; those whose node would not take them are given back."""
@@ -97,7 +101,7 @@ class Post:
             if name not in accepted:
                 unsent.append(letter.client)
                 continue
-            self._down += payload_bytes(letter.content)
+            self._down[letter.client] += payload_bytes(letter.content)
             self._waiting[name] = letter
             self._sent[name] = now
         return tuple(unsent)
@@ -121,14 +125,43 @@ class Post:
         self._earlier |= self._waiting
         self._waiting.clear()
 
+    def some(self, seconds: float) -> list[Reply]:
+        """The replies that come together, as soon as there are any; none after so many seconds.
+
+        What is not answered by then is still waited for.
+        """
+        until = self.clock() + seconds
+        wait = _FIRST_WAIT
+        while self._waiting:
+            found = [self._match(message) for message in self.grid.pull_messages(list(self._waiting))]
+            current = [x for x in found if x is not None and x.is_current]
+            replies = [x for x in current if not self._sent_again(x, until - self.clock())]
+            if replies or self.clock() >= until:
+                return replies
+            self.sleep(max(0.0, min(wait, until - self.clock())))
+            wait = min(wait * _GROWTH, _LONGEST_WAIT)
+        return []
+
+    def abandon(self, client: int) -> None:
+        """Wait no more for this client."""
+        for name in [name for name, letter in self._waiting.items() if letter.client == client]:
+            self._earlier[name] = self._waiting.pop(name)
+
+    def later(self) -> "Post":
+        """The post of the next phase, which goes on waiting for what this one waits for; its counts begin at zero."""
+        post = Post(self.grid, self.kind, self.group, self.clock, self.sleep)
+        post._waiting = dict(self._waiting)
+        post._sent = {name: self._sent[name] + self._began - post._began for name in self._waiting}
+        return post
+
     def _match(self, message: Message) -> Reply | None:
         name = message.metadata.reply_to_message_id
         if name in self._waiting:
             letter = self._earlier[name] = self._waiting.pop(name)
             self._timeline.append((letter.client, self._sent[name], self.clock() - self._began))
-            return Reply(letter, self._open(message), True)
+            return Reply(letter, self._open(message, letter.client), True)
         if name in self._earlier:
-            return Reply(self._earlier[name], self._open(message), False)
+            return Reply(self._earlier[name], self._open(message, self._earlier[name].client), False)
         self._strays += 1
         return None
 
@@ -139,12 +172,12 @@ class Post:
             return False
         return not self.push([replace(letter, content=letter.in_full(), in_full=None)], seconds)
 
-    def _open(self, message: Message) -> RecordDict | Refusal:
+    def _open(self, message: Message, client: int) -> RecordDict | Refusal:
         if not message.has_content():
             error = message.error
             return Refusal("failed", f"Flower's error {error.code}: {error.reason or 'no reason given'}"[:500])
         try:
-            self._up += payload_bytes(message.content)
+            self._up[client] += payload_bytes(message.content)
             return unpack_refusal(message.content) if glance(message.content)[0] == "error" else message.content
         except ProtocolError as error:
             return Refusal("refused", str(error))

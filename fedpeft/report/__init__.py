@@ -2,13 +2,14 @@
 
 from fedpeft.report.checkpoint import Checkpoint, Checkpoints, settled
 from fedpeft.report.compare import Comparison, compare
-from fedpeft.report.folder import RunFolder
+from fedpeft.report.folder import FLEET, RunFolder
 from fedpeft.report.history import History, history
 from fedpeft.report.page import write_report
 from fedpeft.report.records import BaselineRecord, ClientData, FinalRecord, Json, RoundRecord, RunRecord, Score, Scores
-from fedpeft.report.side_by_side import table, write_comparison
+from fedpeft.report.side_by_side import arrival_table, table, write_comparison
 
 __all__ = [
+    "FLEET",
     "BaselineRecord",
     "Checkpoint",
     "Checkpoints",
@@ -22,6 +23,7 @@ __all__ = [
     "RunRecord",
     "Score",
     "Scores",
+    "arrival_table",
     "compare",
     "history",
     "settled",

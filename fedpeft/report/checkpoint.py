@@ -74,6 +74,17 @@ class Checkpoints:
         """The checkpoints that are there, oldest first."""
         return sorted(self.folder.glob("round-*.safetensors"))
 
+    def at(self, round: int) -> ServerState:
+        """The state at the start of a round, as far as it is kept: one that failed has the state of the one before.
+
+        Raises DataError if it is not there, or damaged.
+        """
+        older = [x for x in self.files() if int(x.stem.rpartition("-")[2]) <= round]
+        if not older:
+            raise DataError(f"{self.folder}: no checkpoint of round {round}; start the run anew")
+        state = read(older[-1]).state
+        return replace(state, task=replace(state.task, round=round))
+
     def load(self) -> Checkpoint:
         """The newest checkpoint that is intact; ``damaged`` says which newer ones were passed over.
 

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
+from fedpeft.report.arrival import levels, mean_arrival
 from fedpeft.report.history import History, history
 from fedpeft.report.plots import last_clients
 from fedpeft.report.recipe import shown
 from fedpeft.report.records import Json, Score
+from fedpeft.report.simulated import simulated_seconds
 from fedpeft.report.summary import last_central, setting, standing
 
 MEASURES = (
     *("accuracy", "loss", "mean", "worst", "base", "local", "central-training"),
-    *("bytes_up", "bytes_down", "seconds"),
+    *("bytes_up", "bytes_down", "seconds", "simulated"),
 )
 
 
@@ -22,7 +24,8 @@ MEASURES = (
 class Row:
     """One run. differs: its values of the settings that are not the same in all runs; accuracy, loss: on the central
     test set; mean, worst: over the clients on their own test sets (see ``Standing``); baselines: accuracy of
-    "base", "local", "central-training" on the central test set; bytes: of all clients and rounds.
+    "base", "local", "central-training" on the central test set; bytes: of all clients and rounds;
+    simulated: seconds of virtual time.
     """
 
     path: Path
@@ -40,6 +43,7 @@ class Row:
     bytes_up: int
     bytes_down: int
     seconds: float
+    simulated: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     flat = [_flat(h.run.settings) for h in found]
     every = list(dict.fromkeys(key for x in flat for key in x))
     differing = tuple(k for k in every if len({x.get(k, "–") for x in flat}) > 1 and not _is_aside(k))
+    differing = tuple(k for k in differing if not _follows(k, differing, flat))
     rows = tuple(_row(h, {k: x.get(k, "–") for k in differing}) for h, x in zip(found, flat, strict=True))
     together: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -119,12 +124,27 @@ def record(c: Comparison) -> Json:
                 "label": g.label,
                 "settings": g.differs,
                 "runs": [x.path.name for x in g.rows],
+                "reached": [
+                    {"accuracy": level, "rounds": r, "simulated": t} for level, (r, t) in arrivals(c, g).items()
+                ],
                 "measures": {k: {"mean": s.mean, "deviation": s.deviation, "n": s.n} for k, s in g.measures.items()},
             }
             for g in c.groups
         ],
         "runs": [_told(x) for x in c.rows],
     }
+
+
+def arrivals(c: Comparison, group: Group) -> dict[float, tuple[float, float]]:
+    """When a group reaches each accuracy that is worth asking for: mean rounds and simulated seconds, where all do."""
+    central = is_central(c)
+    found = {x: mean_arrival(c.members(group), x, central) for x in levels(c.histories, central)}
+    return {level: x for level, x in found.items() if x is not None}
+
+
+def is_central(c: Comparison) -> bool:
+    """Whether all runs have accuracies on the central test set; they are compared on the clients' rows if not."""
+    return all(any(x.central is not None and x.central.accuracy is not None for x in h.rounds) for h in c.histories)
 
 
 def measure(row: Row, name: str) -> float | int | None:
@@ -137,6 +157,7 @@ def measure(row: Row, name: str) -> float | int | None:
         "bytes_up": row.bytes_up,
         "bytes_down": row.bytes_down,
         "seconds": row.seconds,
+        "simulated": row.simulated,
     }
     return values[name] if name in values else row.baselines.get(name)
 
@@ -170,6 +191,7 @@ def _row(h: History, differs: Mapping[str, str]) -> Row:
         bytes_up=h.bytes_up,
         bytes_down=h.bytes_down,
         seconds=h.seconds,
+        simulated=simulated_seconds(h),
     )
 
 
@@ -190,6 +212,14 @@ def _spread(values: Sequence[float]) -> Spread:
 def _is_aside(key: str) -> bool:
     """Whether a setting leaves what is run the same: names, seeds, and what else is measured."""
     return key in ("name", "run") or key.startswith("baselines.") or key.rsplit(".", 1)[-1] == "seed"
+
+
+def _follows(key: str, differing: Sequence[str], flat: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a setting is the same wherever its section has the same name: the name then says it all."""
+    name = f"{key.rpartition('.')[0]}.name"
+    if name == key or name not in differing:
+        return False
+    return len({(x.get(name), x.get(key)) for x in flat}) == len({x.get(name) for x in flat})
 
 
 def _flat(settings: Mapping[str, Json], prefix: str = "") -> dict[str, str]:

@@ -17,7 +17,11 @@ from fedpeft.report.journal import METRICS, Line, journal, parse
 from fedpeft.report.records import SCHEMA, Json, Record, plain
 
 LOCK = "config.lock.toml"
-_OURS = (METRICS, "report.html", "checkpoints", "adapter", "merged", "clients", LOCK)  # the lock last: it makes a run
+FLEET = "fleet.sqlite"
+_OURS = (
+    METRICS, "report.html", "checkpoints", "adapter", "merged", "clients", *(FLEET + x for x in ("", "-wal", "-shm")),
+    LOCK,  # last: it makes a run
+)  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from fedpeft.report.files import write_whole
 from fedpeft.report.history import History, history
 from fedpeft.report.plots import clients, curves, last_clients, spread
 from fedpeft.report.population import population
+from fedpeft.report.simulated import kinds_of, learning, schedule, simulated_seconds
 from fedpeft.report.style import CSS
 from fedpeft.report.summary import Standing, perplexity, setting, standings
 
@@ -44,10 +45,11 @@ def page(h: History) -> str:
     parts = [
         _head(h),
         _section("Learning curves", curves(h) if h.rounds else "", _curves_note(h)),
+        _section("Learning by simulated time", learning(h), ""),
         _section("How the clients fare, by round", spread(h), _SPREAD_NOTE),
         _section("Each client at the end", clients(h), _clients_note(h)),
         _section("Bytes sent", traffic(h), _traffic_note(h)),
-        _section("Timeline", timeline(h), _timeline_note(h)),
+        _section("Timeline", schedule(h) or timeline(h), _devices_note(h) or _timeline_note(h)),
         _refusals(h),
         _section("Who holds what", population(h), ""),
         recipe.settings(h),
@@ -96,12 +98,14 @@ def _head(h: History) -> str:
             f"The figures below are of the last one; <code>fedpeft resume</code> goes on from there.</p>"
         )
     facts = [
-        (f"{len(h.run.clients):,}" if h.run.clients else f"{len({c for x in h.rounds for c in x.asked}):,}", "clients"),
+        (f"{h.run.population or len({c for x in h.rounds for c in x.asked}):,}", "clients"),
         (str(len(h.rounds)), "rounds" if len(h.rounds) != 1 else "round"),
         (amount(h.bytes_up), "sent up by all clients to train"),
         (amount(h.bytes_down), "sent down to all clients to train"),
         (duration(h.seconds), "wall time"),
     ]
+    simulated = simulated_seconds(h)
+    facts += [] if simulated is None else [(duration(simulated), "simulated time")]
     tiles = "".join(f"<div><b>{escape(value)}</b>{escape(what)}</div>" for value, what in facts)
     return (
         f'<p class="kicker">Federated fine-tuning report</p><h1>{escape(h.run.name)}</h1>'
@@ -118,8 +122,9 @@ def _what(h: History) -> str:
     text += f" with {_METHODS.get(method, method)}" if method else ""
     text += f" (rank {rank})" if method and rank else ""
     text += f" on {data}" if data else ""
-    text += f", split over {_count(len(h.run.clients), 'client')}" if h.run.clients else ""
-    text += f" ({split}{f', α = {alpha}' if split == 'dirichlet' and alpha else ''})" if split and h.run.clients else ""
+    text += f", split over {_count(h.run.population, 'client')}" if h.run.population else ""
+    skew = f", α = {alpha}" if split in ("dirichlet", "sampled") and alpha else ""
+    text += f" ({split}{skew})" if split and h.run.population else ""
     text += f", by {rule}" if rule else ""
     if asked:
         few, many = min(asked), max(asked)
@@ -235,6 +240,15 @@ def _timeline_note(h: History) -> str:
     total = sum(x.seconds for x in timed)
     trained = sum(x.seconds_training or 0.0 for x in timed)
     return f"Training is {100 * trained / total:.0f} % of the rounds’ {duration(total)}." if total else ""
+
+
+def _devices_note(h: History) -> str:
+    """What each kind of device did, in virtual time."""
+    return "; ".join(
+        f"{escape(x.name or 'clients')}: {_count(x.done, 'answer')} from {_count(x.clients, 'client')}, {x.late:,} too "
+        f"late, {x.lost:,} lost, {x.away:,} never begun, at work {100 * x.busy:.0f} % of the time"
+        for x in kinds_of(h)
+    )
 
 
 def _refusals(h: History) -> str:

@@ -11,6 +11,7 @@ from fedpeft.report.history import History
 from fedpeft.report.records import ClientData
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
 
 _MOST_LABELS = 30
@@ -19,7 +20,10 @@ _LONGEST = 24
 
 
 def population(h: History) -> str:
-    """Each client's number of training rows, above its labels as a heat map; SVG, or "" if not recorded."""
+    """Each client's number of training rows, above its labels as a heat map; SVG, or "" if not recorded.
+
+    Of very many clients, those that were recorded for all: a distribution of their rows, and their labels.
+    """
     people = h.run.clients
     if not people:
         return ""
@@ -32,7 +36,7 @@ def population(h: History) -> str:
             rows = (1.0, 0.2 * max(len(names), 3))
             grid = page.figure.add_gridspec(2, 2, height_ratios=rows, width_ratios=(1, 0.018))
             top = page.figure.add_subplot(grid[0, 0])
-            bottom = page.figure.add_subplot(grid[1, 0], sharex=top)
+            bottom = page.figure.add_subplot(grid[1, 0], sharex=None if h.run.population > len(people) else top)
             shares = counts[order] / np.maximum(counts[order].sum(axis=1, keepdims=True), 1)
             image = bottom.imshow(
                 shares.T, cmap=_blues(), vmin=0, vmax=1, aspect="auto", interpolation="nearest", origin="upper"
@@ -48,13 +52,21 @@ def population(h: History) -> str:
             bar = page.figure.colorbar(image, cax=page.figure.add_subplot(grid[1, 1]), ticks=[0, 0.5, 1])
             bar.outline.set_visible(False)
             percent(bar.ax)
-            top.tick_params(axis="x", length=0, labelbottom=False)
+            if h.run.population <= len(people):
+                top.tick_params(axis="x", length=0, labelbottom=False)
         else:
             top = bottom = page.figure.subplots()
-        top.bar(range(len(clients)), sizes, width=0.72 if len(clients) <= 100 else 1.0, color="#2f78b7")
-        top.set_title("Training rows of each client")
-        top.set_xlim(-0.5, len(clients) - 0.5)
-        if len(clients) <= _MOST_NAMES:
+        if h.run.population > len(people):
+            _distribution(
+                top, sizes, f"Training rows of a client, of {len(clients)} of the {h.run.population:,} clients"
+            )
+        else:
+            top.bar(range(len(clients)), sizes, width=0.72 if len(clients) <= 100 else 1.0, color="#2f78b7")
+            top.set_title("Training rows of each client")
+            top.set_xlim(-0.5, len(clients) - 0.5)
+        if bottom is top and h.run.population > len(people):
+            bottom.set_xlabel("rows")
+        elif len(clients) <= _MOST_NAMES:
             bottom.set_xticks(range(len(clients)), [str(n) for n in clients], fontsize=8.5 if len(clients) <= 25 else 7)
             bottom.set_xlabel("client")
         else:
@@ -62,6 +74,16 @@ def population(h: History) -> str:
             bottom.set_xlabel(f"{len(clients)} clients, " + ("by their commonest label" if names else "largest first"))
         bottom.xaxis.label.set_color(SOFT)
     return page.svg
+
+
+def _distribution(axes: "Axes", sizes: NDArray[np.int64], title: str) -> None:
+    """How many clients have how many rows: a bar for each number, or for each of 40 ranges of them."""
+    edges = np.arange(sizes.min(), sizes.max() + 2) - 0.5
+    counts, edges = np.histogram(sizes, edges if len(edges) <= 41 else 40)
+    axes.bar((edges[1:] + edges[:-1]) / 2, counts, width=0.92 * np.diff(edges), color="#2f78b7")
+    axes.set_title(title)
+    axes.set_xlim(edges[0] - 2, edges[-1] + 2)
+    whole_ticks(axes)
 
 
 def table(people: Mapping[int, ClientData]) -> tuple[list[str], NDArray[np.int64]]:

@@ -8,7 +8,8 @@ from typing import Self, TypeAlias
 import numpy as np
 
 from fedpeft.report.fields import Fields
-from fedpeft.rounds import Metrics
+from fedpeft.report.visits import as_rows, of_rows
+from fedpeft.rounds import Metrics, Visit
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
@@ -60,22 +61,28 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class ClientData:
-    """What one client holds: training rows, and how many of each label (empty where there are no labels)."""
+    """What one client holds: training rows, and how many of each label (empty where there are no labels).
+
+    device: the kind that it is on, in virtual time.
+    """
 
     examples: int = 0
     labels: Mapping[str, int] = field(default_factory=dict[str, int])
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What was run. bytes_per_round: of one client, up and down; task: "classify", "image", or "lm", where
-    accuracy is of next tokens; labels: the names of the classes in order; command: what makes this run again.
+    """What was run. clients: all of them, or a sample of the ``population``; bytes_per_round: of one client, up and
+    down; task: "classify", "image", or "lm", where accuracy is of next tokens; labels: the names of the classes in
+    order; command: what makes this run again.
     """
 
     name: str
     settings: Mapping[str, Json] = field(default_factory=dict[str, Json])
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     clients: Mapping[int, ClientData] = field(default_factory=dict[int, ClientData])
+    population: int = 0
     bytes_per_round: float | None = None
     task: str = ""
     labels: tuple[str, ...] = ()
@@ -85,7 +92,11 @@ class RunRecord:
     @classmethod
     def read(cls, x: Fields) -> Self:
         clients = {
-            int(n): ClientData(c.whole("examples") or 0, {k: v or 0 for k, v in c.section("labels").wholes().items()})
+            int(n): ClientData(
+                c.whole("examples") or 0,
+                {k: v or 0 for k, v in c.section("labels").wholes().items()},
+                c.text("device"),
+            )
             for n, c in x.section("clients").sections().items()
         }
         return cls(
@@ -93,6 +104,7 @@ class RunRecord:
             settings=x.section("settings").values,
             versions=x.section("versions").texts(),
             clients=dict(sorted(clients.items())),
+            population=x.whole("population") or len(clients),
             bytes_per_round=x.number("bytes_per_round"),
             task=x.text("task"),
             labels=tuple(x.texts_in("labels")),
@@ -106,7 +118,8 @@ class RunRecord:
             "name": self.name,
             "settings": self.settings,
             "versions": self.versions,
-            "clients": {str(n): {"examples": c.examples, "labels": c.labels} for n, c in self.clients.items()},
+            "clients": {str(n): _client(c) for n, c in self.clients.items()},
+            "population": self.population or len(self.clients),
             "bytes_per_round": self.bytes_per_round,
             "task": self.task,
             "labels": self.labels,
@@ -118,7 +131,9 @@ class RunRecord:
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
     """One round. round: counts from 1, as the checkpoint written after it does; timeline: (client, start, end) in
-    seconds since the round began; started: Unix time; bytes and seconds: of this round alone.
+    seconds since the round began; started: Unix time; bytes and seconds: of this round alone; staleness: of each
+    survivor's answer, in rounds. In virtual time: simulated, seconds from the run's start to the round's end; visits,
+    what became of each message to a client.
     """
 
     round: int
@@ -134,6 +149,9 @@ class RoundRecord:
     seconds_training: float | None = None
     timeline: tuple[tuple[int, float, float], ...] = ()
     started: float | None = None
+    staleness: tuple[int, ...] = ()
+    simulated: float | None = None
+    visits: tuple[Visit, ...] = ()
 
     @classmethod
     def read(cls, x: Fields) -> Self:
@@ -151,6 +169,9 @@ class RoundRecord:
             seconds_training=x.number("seconds_training"),
             timeline=tuple((int(c), start, end) for c, start, end in x.rows("timeline", 3)),
             started=x.number("started"),
+            staleness=tuple(int(n) for n in x.numbers("staleness")),
+            simulated=x.number("simulated"),
+            visits=of_rows(x.rows("visits", 5)),
         )
 
     def json(self) -> dict[str, Json]:
@@ -169,6 +190,9 @@ class RoundRecord:
             "seconds_training": self.seconds_training,
             "timeline": self.timeline,
             "started": self.started,
+            **({"staleness": self.staleness} if self.staleness else {}),
+            **({"simulated": self.simulated} if self.simulated is not None else {}),
+            **({"visits": as_rows(self.visits)} if self.visits else {}),
         }
 
 
@@ -261,6 +285,10 @@ def plain(value: object) -> Json:
     if isinstance(value, Sequence | np.ndarray):
         return [plain(x) for x in value]
     raise ValueError(f"a record holds numbers, texts, lists and tables; got {type(value).__name__}")
+
+
+def _client(x: ClientData) -> dict[str, Json]:
+    return {"examples": x.examples, "labels": x.labels, **({"device": x.device} if x.device else {})}
 
 
 def _scores(x: Fields) -> dict[int, Score]:

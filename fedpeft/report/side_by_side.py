@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from fedpeft.report.compare import MEASURES, Comparison, Group, Spread, measure, record, short
+from fedpeft.report.arrival import mean_clock
+from fedpeft.report.compare import MEASURES, Comparison, Group, Spread, arrivals, is_central, measure, record, short
 from fedpeft.report.costs import amount, scale_of
 from fedpeft.report.drawing import SERIES, SOFT, end_labels, percent, sheet, whole_ticks
 from fedpeft.report.files import write_whole
 from fedpeft.report.history import History
 from fedpeft.report.page import document, duration, number
+from fedpeft.report.simulated import unit_of
 
 _HEADS = {
     "accuracy": "accuracy %",
@@ -29,6 +31,7 @@ _HEADS = {
     "bytes_up": "up",
     "bytes_down": "down",
     "seconds": "time",
+    "simulated": "simulated",
 }
 _LEGEND = (
     "Accuracy, loss, base, local only and centralised are on the central test set; mean client and worst tenth "
@@ -57,23 +60,29 @@ def table(c: Comparison) -> Table:
 
 
 def figure(c: Comparison) -> str:
-    """Accuracy by round and by bytes: each group's mean and ± one deviation over seeds; SVG, or "" for no rounds."""
-    central = all(any(x.central is not None and x.central.accuracy is not None for x in h.rounds) for h in c.histories)
+    """Accuracy by round, by bytes, and by simulated time if all have it: each group's mean and ± one deviation over
+    seeds; SVG, or "" for no rounds.
+    """
+    central = is_central(c)
     drawn = [(g, *_paths(c.members(g), central)) for g in c.groups]
     drawn = [x for x in drawn if len(x[1])]
     if not drawn:
         return ""
     what = "central test set" if central else "clients’ validation rows"
     size, unit = scale_of(max(float(sent[-1]) for _, _, sent, _ in drawn))
-    with sheet(6.2) as page:
-        above, below = page.figure.subplots(2, 1)
+    clocks = [mean_clock(c.members(g), central) for g, *_ in drawn]
+    timed = all(len(t) == len(rounds) for t, (_, rounds, _, _) in zip(clocks, drawn, strict=True))
+    with sheet(9.3 if timed else 6.2) as page:
+        panels = page.figure.subplots(3 if timed else 2, 1)
+        above, below = panels[:2]
         page.space(0.09)
+        each, name = unit_of(max(float(t[-1]) for t in clocks)) if timed else (1.0, "")
         labels: list[tuple[float, str, str]] = []
         for i, (group, rounds, sent, values) in enumerate(drawn):
             named = i < len(SERIES)
             colour = SERIES[i] if named else "#c3c8d0"
             middle = values.mean(axis=0)
-            for axes, x in ((above, rounds), (below, sent / size)):
+            for axes, x in zip(panels, (rounds, sent / size, clocks[i] / each), strict=False):
                 if len(values) > 1:
                     wide = values.std(axis=0, ddof=1)
                     axes.fill_between(x, middle - wide, middle + wide, color=colour, alpha=0.15, lw=0)
@@ -85,7 +94,10 @@ def figure(c: Comparison) -> str:
         whole_ticks(above)
         below.set_title(f"The same, by {unit} sent up and down by all clients")
         below.set_xlabel(unit)
-        for axes in (above, below):
+        if timed:
+            panels[2].set_title(f"The same, by simulated {name}")
+            panels[2].set_xlabel(f"simulated {name}")
+        for axes in panels:
             axes.set_xlim(0, 1.012 * max(float(line.get_xdata()[-1]) for line in axes.lines))
             percent(axes)
             end_labels(axes, labels)
@@ -127,8 +139,9 @@ def told(name: str, spread: Spread | None) -> str:
         "bytes_up": amount,
         "bytes_down": amount,
         "seconds": duration,
+        "simulated": duration,
     }.get(name, lambda x: f"{100 * x:.1f}")
-    if spread.deviation is None or name in ("bytes_up", "bytes_down", "seconds"):
+    if spread.deviation is None or name in ("bytes_up", "bytes_down", "seconds", "simulated"):
         return tell(spread.mean)
     return f"{tell(spread.mean)} ± {tell(spread.deviation)}"
 
@@ -169,6 +182,7 @@ def _page(c: Comparison) -> str:
         f'<div class="wide"><table class="dense"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         f'<p class="note">{escape(_LEGEND)}</p>'
         + (f'<h2>Learning curves</h2><figure><div class="wide">{svg}</div></figure>' if svg else "")
+        + _arrivals(c)
         + '<h2>Single runs</h2><div class="wide"><table class="dense"><thead><tr><th>run</th><th>seed</th>'
         '<th>settings</th><th class="n">accuracy %</th><th class="n">loss</th><th class="n">mean client %</th>'
         "<th></th></tr></thead>"
@@ -178,6 +192,42 @@ def _page(c: Comparison) -> str:
         "Written by fedpeft",
         column="tables",
     )
+
+
+def arrival_table(c: Comparison) -> Table | None:
+    """When each group reaches an accuracy, in simulated time and rounds, for ``rich.print``; None in real time."""
+    levels, rows = _arrival_cells(c)
+    if not levels:
+        return None
+    shown = Table(title="Simulated time (rounds) to an accuracy", title_justify="left", header_style="bold")
+    for head in ("", *levels):
+        shown.add_column(head, justify="right" if head else "left")
+    for label, cells in rows:
+        shown.add_row(escape_markup(label), *cells)
+    return shown
+
+
+def _arrivals(c: Comparison) -> str:
+    levels, rows = _arrival_cells(c)
+    if not levels:
+        return ""
+    head = "<th></th>" + "".join(f'<th class="n">{x}</th>' for x in levels)
+    body = "".join(
+        f"<tr><td>{escape(label)}</td>" + "".join(f'<td class="n">{escape(x)}</td>' for x in cells) + "</tr>"
+        for label, cells in rows
+    )
+    return (
+        '<h2>Simulated time (rounds) to an accuracy</h2><div class="wide"><table class="dense">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _arrival_cells(c: Comparison) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The accuracies, and each group's label and times to them."""
+    found = [(g.label, arrivals(c, g)) for g in c.groups]
+    levels = sorted({level for _, x in found for level in x})
+    rows = [(label, [f"{duration(x[y][1])} ({x[y][0]:.3g})" if y in x else "–" for y in levels]) for label, x in found]
+    return [f"{100 * y:.0f} %" for y in levels], rows
 
 
 def _verdict(c: Comparison) -> str:

@@ -21,19 +21,33 @@ STATISTICS = len(Metrics().vector())
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """A round that is over: the next state, the survivors' metrics and total weight, and who was refused and why."""
+    """A round that is over: the next state, the survivors' metrics and total weight, and who was refused and why.
+
+    staleness: how many rounds had passed since each survivor was asked, in the same order; empty where none can have.
+    """
 
     state: ServerState
     metrics: Metrics
     weight: float
     survivors: tuple[int, ...]
     refused: tuple[tuple[int, str], ...]
+    staleness: tuple[int, ...] = ()
 
 
 def contribute(rule: Rule, channel: PlainChannel, update: Update, weight: float, metrics: Metrics, task: Task) -> Array:
     """One client's answer for one pass: all that leaves it."""
     x = rule.layout(task).flatten(rule.encode(update, task))
     return channel.up(x, weight, metrics.vector())
+
+
+def inspect(answer: Array, size: int, channel: PlainChannel, largest_weight: float) -> None:
+    """Raise ProtocolError for an answer that may not be added to a sum of encodings of this size."""
+    if answer.shape != (size + 1 + STATISTICS,):
+        raise ProtocolError(f"the update has shape {answer.shape}; want ({size + 1 + STATISTICS},)")
+    channel.check(answer, size, largest_weight)
+    counts = Metrics.of(answer[size + 1 :])
+    if min(counts.loss, counts.correct, counts.examples) < 0 or counts.correct > counts.units:
+        raise ProtocolError(f"the update has impossible counts: {counts}")
 
 
 @dataclass(slots=True)
@@ -140,13 +154,7 @@ class Round(ABC):
             raise ProtocolError("answered twice: the first answer counts")
         if client not in self._waiting:
             raise ProtocolError("was not asked, or is no longer waited for")
-        size = self._rule.layout(self.state.task).size
-        if answer.shape != (size + 1 + STATISTICS,):
-            raise ProtocolError(f"the update has shape {answer.shape}; want ({size + 1 + STATISTICS},)")
-        self.channel.check(answer, size, self.largest_weight)
-        counts = Metrics.of(answer[size + 1 :])
-        if min(counts.loss, counts.correct, counts.examples) < 0 or counts.correct > counts.units:
-            raise ProtocolError(f"the update has impossible counts: {counts}")
+        inspect(answer, self._rule.layout(self.state.task).size, self.channel, self.largest_weight)
 
     def _open(self, clients: Mapping[int, int] | tuple[int, ...]) -> None:
         self._waiting, self._answered = set(clients), []

@@ -12,6 +12,7 @@ from fedpeft.data import Federation
 from fedpeft.report import BaselineRecord, Score
 from fedpeft.rounds import Failed, Job, Metrics, Trainer, Trial, derive
 from fedpeft.run.node import Workshop
+from fedpeft.run.panel import panel
 from fedpeft.run.view import View
 from fedpeft.training.settings import Training
 
@@ -23,9 +24,13 @@ def measure(
 
     Local and central training take the passes over each row that the federation takes on average,
     with one optimiser from beginning to end. A client that can't be trained or evaluated alone is left
-    out of its baseline, and ``view`` is told.
+    out of its baseline, and ``view`` is told. Of more than ``evaluation.sample`` clients those stand for all with which
+    the run is evaluated at the end; that is told too.
     """
     wanted = found.baselines
+    count, clients = workshop.federation.clients, len(_clients(found, workshop))
+    if clients < count and (wanted.local or wanted.base or wanted.central):
+        view.note(f"baselines are of {clients} clients, a sample of the {count:,} (evaluation.sample)")
     for name, asked, make in (
         ("base", wanted.base, _base),
         ("local", wanted.local, _local),
@@ -54,7 +59,7 @@ def _longer(training: Training, times: float) -> Training:
 
 
 def _base(found: Experiment, workshop: Workshop, start: Adapter, view: View) -> BaselineRecord:
-    clients = range(workshop.federation.clients)
+    clients = _clients(found, workshop)
     view.work("base", len(clients) + 1)
     each = {n: _own(workshop, n, start, view) for n in clients}
     return BaselineRecord("base", _central_score(found, workshop, start, view), _known(each))
@@ -62,8 +67,8 @@ def _base(found: Experiment, workshop: Workshop, start: Adapter, view: View) -> 
 
 def _local(found: Experiment, workshop: Workshop, start: Adapter, view: View) -> BaselineRecord:
     """Every client trains alone; central is the mean over the clients that could."""
-    clients = range(workshop.federation.clients)
-    trainer = workshop.trainer.over(workshop.federation, alone(found, len(clients)))
+    clients = _clients(found, workshop)
+    trainer = workshop.trainer.over(workshop.federation, alone(found, workshop.federation.clients))
     view.work("clients alone", len(clients))
     own: dict[int, Metrics] = {}
     central: list[Metrics] = []
@@ -83,16 +88,21 @@ def _local(found: Experiment, workshop: Workshop, start: Adapter, view: View) ->
 def _central(found: Experiment, workshop: Workshop, start: Adapter, view: View) -> BaselineRecord:
     """One client holds all rows."""
     whole = workshop.federation
-    rows = (np.sort(np.concatenate(whole.train)),)
-    pooled: Federation = replace(
-        whole, names=("all",), train=rows, validation=(rows[0][:0],), test=(rows[0][:0],), first=0
-    )
+    rows = (whole.union("train"),)
+    none = (rows[0][:0],)
+    pooled: Federation = replace(whole, names=("all",), train=rows, validation=none, test=none, first=0, drawn=None)
     trainer = workshop.trainer.over(pooled, together(found, whole.clients))
-    view.work("all rows in one place", whole.clients + 1)
+    clients = _clients(found, workshop)
+    view.work("all rows in one place", len(clients) + 1)
     for _, adapter in _trained(trainer, found, start, range(1), view):
-        each = {n: _own(workshop, n, adapter, view) for n in range(whole.clients)}
+        each = {n: _own(workshop, n, adapter, view) for n in clients}
         return BaselineRecord("central-training", _central_score(found, workshop, adapter, view), _known(each))
     return BaselineRecord("central-training")
+
+
+def _clients(found: Experiment, workshop: Workshop) -> tuple[int, ...]:
+    """Those whose own rows are looked at."""
+    return panel(found, range(workshop.federation.clients))
 
 
 def _trained(

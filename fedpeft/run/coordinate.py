@@ -2,28 +2,46 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from fedpeft.adapters import Adapter
 from fedpeft.config import Experiment
 from fedpeft.errors import ProtocolError
-from fedpeft.flower import Evaluation, Fleet, Grid, Part, drive, evaluate, muster
-from fedpeft.report import FinalRecord, RoundRecord, RunFolder, Score, Scores, history, settled
-from fedpeft.rounds import ListRound, Metrics, Round, SumRound
+from fedpeft.flower import Evaluation, Fleet, Flow, Grid, Part, Registry, Traffic, VirtualGrid, drive, evaluate, muster
+from fedpeft.report import FLEET, FinalRecord, Json, RoundRecord, RunFolder, Score, Scores, history, settled
+from fedpeft.rounds import ListRound, Metrics, Outcome, Round, SumRound
 from fedpeft.rules import ListRule, ServerState, Task
+from fedpeft.run.panel import panel
 from fedpeft.run.view import View
+from fedpeft.run.virtual import flow_of, recall, remembered
 
 WHOLE = 1 << 30
 """A rank that no layer reaches: the client holds all directions that the server does."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Training:
+    """What came of asking clients to train: their outcome, or why there is none, and the state to go on from."""
+
+    state: ServerState
+    asked: tuple[int, ...]
+    outcome: Outcome | None
+    refused: tuple[tuple[int, str], ...]
+    traffic: Traffic
+
+
 @dataclass(frozen=True, slots=True)
 class Coordinator:
-    """One run, on whatever carries the messages. Its state is in the folder, so that another process can go on."""
+    """One run, on whatever carries the messages. Its state is in the folder, so that another process can go on.
+
+    time: the grid itself, where it has a clock of its own.
+    """
 
     found: Experiment
     folder: RunFolder
     view: View
+    time: VirtualGrid | None = None
 
     def run(self, grid: Grid, clients: int) -> Adapter:
         """Do all rounds that the last checkpoint leaves to be done; the adapter that training began with.
@@ -32,26 +50,33 @@ class Coordinator:
         """
         found = self.found
         patience = found.selection.deadline
-        fleet = muster(grid, found.rule, found.settings_json, clients, found.fleet.wait, patience=patience)
+        clock, sleep = (time.monotonic, time.sleep) if self.time is None else (self.time.clock, self.time.sleep)
+        registry = Registry(self.folder.path / FLEET)
+        fleet = muster(
+            grid, found.rule, found.settings_json, clients, found.fleet.wait, True, clock, sleep, patience, registry
+        )
         for why in fleet.refused:
             self.view.note(why)
         if len(fleet.nodes) < clients:
-            absent = [c for c in range(clients) if c not in fleet.nodes]
+            absent = list(islice((c for c in range(clients) if c not in fleet.nodes), 10))
             self.view.note(
-                f"going on with {len(fleet.nodes)} of {clients} clients, for this process's whole run: "
+                f"beginning with {len(fleet.nodes)} of {clients} clients: "
                 f"{', '.join(map(str, absent[:9]))}{', …' if len(absent) > 9 else ''} can't take part, or did not come "
-                f"within {found.fleet.wait:g} seconds (fleet.wait)"
+                f"within {found.fleet.wait:g} seconds (fleet.wait); who comes later takes part from then on"
             )
         least = found.selection.least(clients)
         if len(fleet.nodes) < least:
             raise ProtocolError(f"too few nodes: got {len(fleet.nodes)}; want at least {least} of {clients}")
         if fleet.start is None:
             raise ProtocolError("no node gave the adapter to start from")
-        state = self._begin(fleet.start)
+        state, extras = self._begin(fleet.start)
+        registry.rewind(state.task.round)
+        flow = flow_of(found, fleet, state, lambda client, problem: self.view.advance())
+        recall(self.time, flow, extras, self.folder.checkpoints)
         failures = 0
         self.view.begin(found.rounds - state.task.round)
         while state.task.round < found.rounds:
-            state, did = self._round(fleet, state)
+            state, did = self._round(fleet, flow, state)
             failures = 0 if did else failures + 1
             if failures == found.fleet.failures:
                 raise ProtocolError(
@@ -62,13 +87,13 @@ class Coordinator:
             self._end(fleet, state)
         return fleet.start
 
-    def _begin(self, start: Adapter) -> ServerState:
+    def _begin(self, start: Adapter) -> tuple[ServerState, Mapping[str, Json]]:
         """The state to go on from: the last checkpoint's, or else the start, which becomes the first checkpoint."""
         checkpoints = self.folder.checkpoints
         if not checkpoints.files():
             state = ServerState(Task(start.spec), start)
             checkpoints.save(state, {})
-            return settled(state)
+            return settled(state), {}
         last = checkpoints.load()
         for damage in last.damaged:
             self.view.note(f"{damage}: going on from {last.path.name}, which is whole")
@@ -76,53 +101,79 @@ class Coordinator:
             self.view.note(f"going on after round {last.state.task.round}")
         if last.state.task.round < self.found.rounds:
             self.folder.rewind(last.state.task.round)
-        return last.state
+        return last.state, last.extras
 
-    def _round(self, fleet: Fleet, state: ServerState) -> tuple[ServerState, bool]:
-        """One round: its next state, on disk, and whether enough clients answered."""
+    def _round(self, fleet: Fleet, flow: Flow | None, state: ServerState) -> tuple[ServerState, bool]:
+        """One round, or one step of a buffered run: its next state, on disk, and whether enough clients answered."""
         found, number = self.found, state.task.round + 1
         started, began = time.time(), time.monotonic()
-        cohort = found.selection.choose(sorted(fleet.nodes), found.seed, state.task.round)
-        self.view.work(f"round {number}: training", len(cohort))
-        round = self._open(state, cohort, len(fleet.nodes))
-        traffic = drive(fleet, round, found.selection.deadline, lambda client, problem: self.view.advance())
+        least = found.selection.least(fleet.known)
+        for news in fleet.meet(least, found.fleet.wait):
+            self.view.note(news)
+        did = self._train(fleet, state) if flow is None else self._fill(flow, state)
         trained = time.monotonic() - began
-        refused, train = tuple(round.refused), None
-        survivors: tuple[int, ...] = ()
-        try:
-            outcome = round.result()
-        except ProtocolError as error:
-            self.view.note(f"round {number} is left out: {error}")
-            state = state.next(state.adapter)
-        else:
-            state, survivors, train = outcome.state, outcome.survivors, Score.of(outcome.metrics)
-        state = settled(state)
+        survivors = did.outcome.survivors if did.outcome else ()
+        fleet.registry.record(number - 1, did.asked, survivors, {c for c, _ in did.refused}, did.traffic.each)
+        state, refused, outcome = settled(did.state), did.refused, did.outcome
+        if flow is not None:
+            flow.buffer.state = state
         scores = None
         if number % found.evaluation.every == 0 or number == found.rounds:
             scores = self._evaluate(fleet, state, "validation", f"round {number}: evaluation")
             refused += tuple((client, f"evaluation: {reason}") for client, reason in scores.refused)
         record = RoundRecord(
             round=number,
-            asked=cohort,
+            asked=did.asked,
             survivors=survivors,
             refused=refused,
-            train=train,
+            train=Score.of(outcome.metrics) if outcome else None,
             validation=_clients(scores, "validation"),
             central=_central(scores),
-            bytes_up=traffic.bytes_up,
-            bytes_down=traffic.bytes_down,
+            bytes_up=did.traffic.bytes_up,
+            bytes_down=did.traffic.bytes_down,
             seconds=time.monotonic() - began,
             seconds_training=trained,
-            timeline=traffic.timeline,
+            timeline=did.traffic.timeline if self.time is None else (),
             started=started,
+            staleness=outcome.staleness if outcome else (),
+            simulated=self.time.clock() if self.time else None,
+            visits=self.time.take_visits() if self.time else (),
         )
         # The record first: a record without its checkpoint is dropped on resume, a checkpoint without its
         # record would leave a hole.
         self.folder.append(record)
-        if train is not None:  # else a resumed run does the round over
-            self.folder.checkpoints.save(state, {})
+        if outcome is not None:  # else a resumed run does the round over
+            oldest = min(flow.buffer.at_work.values(), default=number) if flow else number
+            checkpoints = replace(self.folder.checkpoints, keep=2 + number - oldest)
+            checkpoints.save(state, remembered(self.time, flow))
         self.view.round(record, found.rounds)
-        return state, train is not None
+        return state, outcome is not None
+
+    def _train(self, fleet: Fleet, state: ServerState) -> _Training:
+        found = self.found
+        number = state.task.round
+        resting = fleet.registry.since(number - found.selection.rest) if found.selection.rest else ()
+        cohort = found.selection.choose(fleet.clients(), found.seed, number, fleet.known, resting)
+        self.view.work(f"round {number + 1}: training", len(cohort))
+        round = self._open(state, cohort, fleet.known)
+        traffic = drive(fleet, round, found.selection.deadline, lambda client, problem: self.view.advance())
+        refused = tuple(round.refused)
+        try:
+            outcome = round.result()
+        except ProtocolError as error:
+            self.view.note(f"round {number + 1} is left out: {error}")
+            return _Training(state.next(state.adapter), cohort, None, refused, traffic)
+        return _Training(outcome.state, cohort, outcome, refused, traffic)
+
+    def _fill(self, flow: Flow, state: ServerState) -> _Training:
+        self.view.work(f"step {state.task.round + 1}: training", flow.buffer.terms.buffer)
+        asked, traffic = flow.fill()
+        try:
+            outcome = flow.buffer.step()
+        except ProtocolError as error:
+            self.view.note(f"step {state.task.round + 1} is left out: {error}")
+            return _Training(flow.buffer.state, asked, None, flow.buffer.take_refused(), traffic)
+        return _Training(outcome.state, asked, outcome, outcome.refused, traffic)
 
     def _open(self, state: ServerState, cohort: Sequence[int], clients: int) -> Round:
         found = self.found
@@ -135,11 +186,14 @@ class Coordinator:
         return SumRound(state, ranks, quorum, found.channel, enough, largest, rule=found.rule, optimiser=found.server)
 
     def _evaluate(self, fleet: Fleet, state: ServerState, part: Part, what: str) -> Evaluation:
-        """Every client on its own rows, and one node on the central test set, as far as the experiment asks."""
-        parts: dict[int, list[Part]] = {c: [part] if self.found.evaluation.clients else [] for c in fleet.nodes}
-        if self.found.evaluation.central and fleet.central is not None and not self._is_personal(state):
-            parts[fleet.central].append("central")
-        asked = {c: p for c, p in parts.items() if p}
+        """The clients on their own rows, or as many as ``evaluation.sample`` of them, and one node on the central test
+        set, as far as the experiment asks."""
+        round = state.task.round if part == "validation" else None
+        own = panel(self.found, fleet.clients(), round) if self.found.evaluation.clients else ()
+        asked: dict[int, list[Part]] = {c: [part] for c in own}
+        central = fleet.central
+        if self.found.evaluation.central and central is not None and not self._is_personal(state):
+            asked.setdefault(central, []).append("central")
         self.view.work(what, len(asked))
         deadline = self.found.selection.deadline
         return evaluate(

@@ -6,6 +6,7 @@ from fedpeft.config import Experiment
 from fedpeft.errors import ConfigError
 from fedpeft.rules import ServerState, Task
 from fedpeft.run.node import workshop
+from fedpeft.run.outlook import Outlook, outlook
 
 ROUGHLY = 0.3
 """How far the memory that is foretold may be off."""
@@ -13,9 +14,12 @@ ROUGHLY = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """clients, cohort, least: of a round; rows: to train on, of all, the smallest and the largest client;
-    parameters: trained, and the base's; bytes: of one client and round up and down, and once; memory: of
-    the process at its peak, and the machine's that is free, in bytes.
+    """What a run would take.
+
+    clients, cohort, least: of a round; rows: to train on, of all, the smallest and the largest client, from a
+    sample where clients are very many; parameters: trained, and the base's; bytes: of one client and round up and
+    down, and once; memory: of the process at its peak, and the machine's that is free, in bytes; together: clients
+    trained in one step, and refusal: why not more; outlook: of a run in simulated time.
     """
 
     clients: int
@@ -31,6 +35,9 @@ class Forecast:
     bytes_once: int
     memory: int
     available: int
+    together: int = 1
+    refusal: str = ""
+    outlook: Outlook | None = None
 
 
 def forecast(found: Experiment) -> Forecast:
@@ -51,12 +58,13 @@ def forecast(found: Experiment) -> Forecast:
     sent = found.rule.send(state, 1 << 30).adapter.tensors()
     down = sum(x.nbytes for n, x in sent.items() if n not in constant)
     once = sum(x.nbytes for n, x in sent.items() if n in constant) + sum(x.nbytes for x in start.fixed.values())
-    sizes = [x.train for x in here.federation.sizes()]
     clients = here.federation.clients
+    sizes = [here.federation.size(client).train for client in here.federation.some()]
     base = sum(x.numel() for x in trainer.frozen.model.parameters())
     trained = sum(x.size for x in start.tensors().values())
     cohort = found.selection.wanted(clients)
-    training = replace(trainer.training, batch=min(trainer.training.batch, max(sizes)))
+    together = min(trainer.together, cohort)
+    training = replace(trainer.training, batch=min(trainer.training.batch, max(sizes)) * together)
     peak, machine = estimate(trainer.frozen.model.config, base, start.spec, training), memory()
     if trainer.place.device.type == "cpu" and peak * (1 - ROUGHLY) > machine["total"]:
         raise ConfigError(
@@ -68,7 +76,7 @@ def forecast(found: Experiment) -> Forecast:
         clients=clients,
         cohort=cohort,
         least=found.selection.least(clients),
-        rows=sum(sizes),
+        rows=round(sum(sizes) * clients / len(sizes)),
         smallest=min(sizes),
         largest=max(sizes),
         parameters=trained,
@@ -78,4 +86,7 @@ def forecast(found: Experiment) -> Forecast:
         bytes_once=once,
         memory=peak,
         available=machine["available"],
+        together=together,
+        refusal=trainer.refusal,
+        outlook=outlook(found, here, float(down)) if found.simulation.devices else None,
     )

@@ -18,10 +18,13 @@ from fedpeft.config import Experiment, experiment
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.flower import ClientStore, in_process, under
 from fedpeft.report import ClientData, RunFolder, RunRecord, history, write_report
+from fedpeft.rounds import Buffered
 from fedpeft.run.baselines import measure
 from fedpeft.run.coordinate import Coordinator
 from fedpeft.run.node import Workshop, participant, without_data, workshop
+from fedpeft.run.panel import panel
 from fedpeft.run.view import View
+from fedpeft.run.virtual import population, virtual_grid
 
 _PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "safetensors")
 
@@ -31,18 +34,31 @@ def simulate(
 ) -> Path:
     """Run the experiment with all its clients in this process, into the folder ``path``, which is returned.
 
-    Nothing here depends on how fast the machine is: ``selection.deadline`` and ``fleet.wait`` are for real nodes.
+    Nothing here depends on how fast the machine is: ``fleet.wait`` is for real nodes, and so is ``selection.deadline``
+    but where ``simulation.devices`` say how fast clients are.
     A run that is there already goes on from its last checkpoint, and one that is done stays as it is;
     with ``fresh`` a folder that holds a run is refused, or emptied if ``force`` is set. Baselines that the
     experiment asks for and that are not there yet are measured at the end, unless ``baselines`` is off.
     """
+    if isinstance(found.schedule, Buffered) and not found.simulation.devices:
+        raise ConfigError(
+            "schedule.name: got 'buffered' in a simulation where nothing takes time; want [simulation.devices.NAME], "
+            "such as [simulation.devices.phone], or schedule.name = 'synchronous'"
+        )
     folder, found = opened(found, path, fresh, force)
     with folder.held():
         here = workshop(found.settings_json)
         record(folder, found, here)
+        if here.trainer.refusal:
+            method = found.adapter.method
+            view.note(f"clients train one after another: {method} can't be for many at once: {here.trainer.refusal}")
         clients = here.federation.clients
-        grid = in_process(participant, clients, {"state": str(path / "clients")})
-        start = Coordinator(_patient(found), folder, view).run(grid, clients)
+        if found.simulation.devices:
+            time_grid = virtual_grid(found, here, path / "clients")
+            start = Coordinator(_patient(found), folder, view, time_grid).run(time_grid, clients)
+        else:
+            grid = in_process(participant, clients, {"state": str(path / "clients")})
+            start = Coordinator(_patient(found), folder, view).run(grid, clients)
         finish(folder, here)
         if baselines:
             for baseline in measure(found, here, start, view, frozenset(history(path).baselines)):
@@ -52,8 +68,12 @@ def simulate(
 
 
 def _patient(found: Experiment) -> Experiment:
-    """The experiment without its time limits: clients that take turns in one process are slow, and never silent."""
-    return replace(found, selection=replace(found.selection, deadline=inf), fleet=replace(found.fleet, wait=inf))
+    """The experiment without its time limits: clients that take turns in one process are slow, and never silent.
+
+    In virtual time they may be both, so the deadline stays.
+    """
+    deadline = found.selection.deadline if found.simulation.devices else inf
+    return replace(found, selection=replace(found.selection, deadline=deadline), fleet=replace(found.fleet, wait=inf))
 
 
 def opened(
@@ -105,14 +125,18 @@ def _lock(path: Path) -> dict[str, Any]:
 
 
 def record(folder: RunFolder, found: Experiment, here: Workshop | None) -> None:
-    """What was run, written once; without ``here`` the clients' data is theirs to know."""
+    """What was run, written once; without ``here`` the clients' data is theirs to know, and of very many clients it
+    is told for those with which the run is evaluated at the end."""
     if history(folder.path).run.settings:
         return
     clients: dict[int, ClientData] = {}
+    people = population(found, here) if here is not None and found.simulation.devices else None
     if here is not None:
-        for row in here.federation.summary()["clients"]:
+        told = here.federation.summary(panel(found, range(here.federation.clients)))
+        for row in told["clients"]:
             labels = dict(zip(here.federation.table.classes, row["labels"], strict=False))
-            clients[row["client"]] = ClientData(row["train"], labels)
+            device = people.name(row["client"]) if people is not None else ""
+            clients[row["client"]] = ClientData(row["train"], labels, device)
     task = found.data.task if here is None else here.federation.table.task
     command = shlex.join(["fedpeft", *sys.argv[1:]])
     folder.append(
@@ -121,7 +145,9 @@ def record(folder: RunFolder, found: Experiment, here: Workshop | None) -> None:
             settings=found.settings,
             versions=versions(),
             clients=clients,
+            population=0 if here is None else here.federation.clients,
             task=task,
+            labels=() if here is None else here.federation.table.classes,
             command=command,
             started=time.time(),
         )
@@ -132,7 +158,8 @@ def finish(folder: RunFolder, here: Workshop) -> None:
     """The adapter in Hugging Face's peft format, and the report.
 
     Where a rule leaves parts on the clients, ``adapter/`` holds the shared part over the start, and
-    ``adapter/client-N/`` what client N ends with, as far as its state is here.
+    ``adapter/client-N/`` what client N ends with, as far as its state is here; of very many clients those with which
+    the run was evaluated at the end.
     """
     from fedpeft.training.export import export_peft
 
@@ -142,7 +169,7 @@ def finish(folder: RunFolder, here: Workshop) -> None:
     export_peft(bridge, folder.path / "adapter")
     personal = here.found.rule.personal(state.task.spec)
     store = ClientStore(folder.path / "clients")
-    for client in range(here.federation.clients) if personal else ():
+    for client in panel(here.found, range(here.federation.clients)) if personal else ():
         kept = under(store.load(client, state.task.round) or {}, "personal/")
         bridge.write(state.adapter.put({n: x for n, x in kept.items() if n in personal}))
         export_peft(bridge, folder.path / "adapter" / f"client-{client:06d}")

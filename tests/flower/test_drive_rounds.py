@@ -177,9 +177,7 @@ def test_a_node_with_another_base_is_refused_with_both_named_whenever_it_turns_u
 
 def test_a_client_without_a_node_or_that_can_not_be_reached_is_refused() -> None:
     fleet, _, _ = gathered(participant(), len(CLIENTS))
-    del fleet.nodes[1]
-    fleet.nodes[3] = 77
-    got, _ = one_round(fleet, CLIENTS)
+    got, _ = one_round(replace(fleet, nodes={0: 1, 2: 3, 3: 77, 4: 5}), CLIENTS)
     assert dict(got.refused) == {1: "has no node", 3: "the message could not be sent"}
     assert got.survivors == (0, 2, 4)
 
@@ -326,7 +324,7 @@ def test_a_client_that_lost_its_update_between_passes_is_refused() -> None:
     fleet, grid, _ = gathered(participant(rule=rule, store=store), 3, rule)
 
     def forget(client: int, reply: Message) -> list[Message]:
-        store._states.pop(1, None)
+        store._database.connection.execute("DELETE FROM state WHERE client = 1")
         return [reply]
 
     grid.change = forget
@@ -364,6 +362,7 @@ def test_constants_go_in_full_once_and_again_only_to_a_node_that_lost_them() -> 
     saved = start().layers["q"].a.nbytes + start().fixed["fixed"].nbytes
     assert cost.bytes_down - less.bytes_down > 3 * saved
     store._constants.clear()
+    store._database.connection.execute("DELETE FROM constants")
     again, more = one_round(fleet, range(3), first.state, rule)
     assert same(again.state.adapter, second.state.adapter)
     assert again.refused == ()
@@ -404,7 +403,7 @@ def test_a_client_of_small_rank_evaluates_its_own_part_with_its_directions_and_t
 
 def test_an_evaluation_without_the_central_set_without_a_node_or_without_an_answer_is_refused() -> None:
     fleet, grid, _ = gathered(participant(holds_central=False), 4)
-    del fleet.nodes[1]
+    fleet = replace(fleet, nodes={0: 1, 2: 3, 3: 4})
     grid.change = lambda client, reply: [] if client == 2 else [reply]
     parts = {0: ("central",), 1: ("test",), 2: ("test",), 3: ("test",)}
     got = evaluate(fleet, first_state(), dict.fromkeys(parts, RANK), parts, 5.0)

@@ -1,5 +1,6 @@
 """The client's side: whatever goes wrong for one client, the others in its process are answered."""
 
+import sqlite3
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -100,10 +101,11 @@ def test_a_damaged_state_is_that_clients_failure_and_names_the_file(tmp_path) ->
     rule = FactorMean(("a",), personalised=True)
     fleet, _, _ = gathered(participant(rule=rule, store=ClientStore(tmp_path)), 3, rule)
     state = one_round(fleet, range(3), rule=rule)[0].state
-    (tmp_path / "client-000001" / "round-000000.safetensors").write_bytes(b"gone")
+    with sqlite3.connect(tmp_path / "state.sqlite") as other:
+        other.execute("UPDATE state SET content = substr(content, 1, 40) WHERE client = 1")
     got, _ = one_round(fleet, range(3), state, rule)
     assert got.survivors == (0, 2)
-    assert "client-000001/round-000000.safetensors: can't be read" in got.refused[0][1]
+    assert "state.sqlite, client 1, round 0: can't be read" in got.refused[0][1]
 
 
 def test_examples_that_can_not_be_counted_are_that_clients_failure() -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.report import ClientData, RunFolder, history
+from fedpeft.report import ClientData, RunFolder, RunRecord, history
 from fedpeft.report.costs import amount, at_work, timeline, traffic
 from fedpeft.report.drawing import spread_out
 from fedpeft.report.plots import clients, curves, spread
@@ -98,6 +99,21 @@ def test_a_crowd_is_drawn_in_a_few_hundred_kilobytes(run: Make) -> None:
     sizes = {draw.__name__: len(draw(h)) for draw in (spread, clients, timeline, population)}
     assert max(sizes.values()) < 600_000, sizes
     assert "Number of clients by gain" in texts(clients(h))
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize(("sizes", "bars"), [((6,), 1), ((4, 5, 9), 6), ((10, 900), 40)])
+def test_a_sample_of_very_many_clients_is_drawn_as_a_distribution(
+    run: Make, labels: bool, sizes: tuple[int, ...], bars: int
+) -> None:
+    people = {n * 1000: ClientData(sizes[n % len(sizes)], {"a": 1, "b": n % 3} if labels else {}) for n in range(60)}
+    folder = run(clients=3, rounds=1)
+    h = replace(history(folder.path), run=RunRecord("many", clients=people, population=1_000_000))
+    svg = population(h)
+    assert "Training rows of a client, of 60 of the 1,000,000 clients" in texts(svg)
+    assert svg.count("fill: #2f78b7") == bars
+    told = {"Share of each label among a client's rows", "60 clients, by their commonest label"} if labels else {"rows"}
+    assert told <= set(texts(svg))
 
 
 def test_drawing_leaves_the_settings_of_matplotlib_alone(run: Make) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from fedpeft.rounds import derive
 
-PURPOSES = ("select", "train", "split", "start", "partition", "baseline")
+PURPOSES = ("select", "train", "split", "start", "partition", "baseline", "device", "evaluate")
 
 
 def test_no_two_places_of_a_run_share_a_seed():

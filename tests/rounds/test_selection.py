@@ -1,11 +1,13 @@
 """Who takes part in a round."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.rounds import Selection
+from fedpeft.rounds import Selection, derive
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,7 @@ def test_cohorts_stay_the_same_from_version_to_version():
         ({"quorum": 0.0}, "quorum: got 0.0; want more than 0 and at most 1"),
         ({"quorum": 1.1}, "quorum: got 1.1; want more than 0 and at most 1"),
         ({"deadline": 0.0}, "deadline: got 0.0; want more than 0 seconds"),
+        ({"rest": -1}, "rest: got -1; want 0 or more rounds"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(settings, message):
@@ -93,3 +96,56 @@ def test_settings_out_of_range_are_refused_by_name(settings, message):
 
 def test_settings_at_the_edge_are_good():
     Selection(fraction=1.0, count=1, over=0.0, quorum=1.0, deadline=1e-3)
+
+
+def before(selection, clients, seed, round_):
+    """The draw as it was when all clients were laid out in an array."""
+    asked = min(len(clients), selection.wanted(len(clients)))
+    rng = np.random.default_rng(derive(seed, "select", round_))
+    return tuple(sorted(int(x) for x in rng.choice(sorted(clients), size=asked, replace=False)))
+
+
+@pytest.mark.parametrize("clients", [1, 7, 100, 9_999, 10_001, 60_000])  # numpy's ways of drawing change at 10,000
+@pytest.mark.parametrize("count", [1, 40, 150, 1_000, 5_000])  # and at a fiftieth
+def test_a_range_gives_the_cohorts_that_an_array_gave(clients, count):
+    selection = Selection(count=count)
+    for round_ in range(2):
+        got = selection.choose(range(clients), 3, round_)
+        assert got == selection.choose(list(range(clients)), 3, round_) == before(selection, range(clients), 3, round_)
+
+
+def test_a_range_that_does_not_begin_at_zero_or_falls_gives_the_same():
+    selection = Selection(count=5)
+    assert selection.choose(range(10, 40, 3), 1, 2) == before(selection, range(10, 40, 3), 1, 2)
+    assert selection.choose(range(40, 10, -3), 1, 2) == before(selection, range(40, 10, -3), 1, 2)
+
+
+def test_a_cohort_of_a_million_clients_takes_little_memory():
+    def peak(clients):
+        tracemalloc.start()
+        Selection(count=100).choose(range(clients), 1, 0, resting=range(0, clients, clients // 50))
+        got = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return got
+
+    peak(1_000)  # what numpy makes at its first use
+    assert peak(10**9) < 100_000  # an index array would take 8 GB
+
+
+@given(
+    clients=st.sets(st.integers(0, 60), min_size=2, max_size=30),
+    resting=st.sets(st.integers(0, 60), max_size=30),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_who_rests_is_not_asked_and_the_others_are_as_likely_as_without_them(clients, resting, seed):
+    others = clients - resting
+    got = Selection(count=4).choose(sorted(clients), seed, 5, resting=resting)
+    assert set(got) <= others
+    assert len(got) == min(4, len(others))
+    assert got == Selection(count=4).choose(sorted(others), seed, 5)
+
+
+def test_a_fraction_is_of_all_clients_and_not_of_those_that_are_there():
+    assert len(Selection(0.5).choose(range(8), 1, 0, known=20)) == 8
+    assert len(Selection(0.2).choose(range(8), 1, 0, known=20)) == 4

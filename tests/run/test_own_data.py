@@ -38,7 +38,7 @@ def test_nodes_with_data_of_their_own_train_together_and_the_coordinator_exports
     found = history(run)
     assert found.rounds[0].survivors == (0, 1, 2)
     assert sorted(found.final.test.clients) == [0, 1, 2]
-    assert "going on with 3 of 4 clients, for this process's whole run: 3 can't take part" in capsys.readouterr().out
+    assert "beginning with 3 of 4 clients: 3 can't take part" in capsys.readouterr().out
     weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     out = export_run(run, "peft", tmp_path / "again")
     assert (out / "adapter_model.safetensors").read_bytes() == weights

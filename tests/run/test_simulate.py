@@ -8,7 +8,7 @@ import fedpeft.run.node as node
 from fedpeft.config import experiment
 from fedpeft.report import history
 from fedpeft.run import Lines, simulate
-from fedpeft.training.loop import TorchTrainer
+from fedpeft.training.cohort import CohortTrainer
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def settings(tmp_path):
 
 def test_a_run_and_its_baselines_share_one_base_model_and_one_federation(settings, tmp_path, monkeypatch):
     made = []
-    load, federate = TorchTrainer.load, node.federate
-    monkeypatch.setattr(TorchTrainer, "load", lambda *x: made.append("base") or load(*x))
+    load, federate = CohortTrainer.load, node.federate
+    monkeypatch.setattr(CohortTrainer, "load", lambda *x: made.append("base") or load(*x))
     monkeypatch.setattr(node, "federate", lambda *x: made.append("federation") or federate(*x))
     simulate(experiment(settings), tmp_path / "run", Lines())
     assert "base" in history(tmp_path / "run").baselines
