@@ -22,9 +22,9 @@ check: .venv/ready  ## lint, format, types and import contracts
 mutants: .venv/ready  ## break each line of the core in turn; every mutant must fail a test
 	$(BIN)/python tests/mutants.py
 
-bench: .venv/ready  ## measure what benchmarks/README.md claims
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/memory.py
+bench: .venv/ready assets  ## measure what benchmarks/README.md claims
+	for one in overhead memory throughput scale startup curves; do $(BIN)/python benchmarks/$$one.py || exit 1; done
+	$(BIN)/python benchmarks/tables.py
 
 studies: .venv/ready assets  ## the sweeps behind simulations/README.md, about two hours on two cores
 	for study in simulations/study_*.toml; do $(BIN)/fedpeft sweep $$study || exit 1; done

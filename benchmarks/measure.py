@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from fedpeft.training.environment import cores, prepare
@@ -19,14 +19,16 @@ from fedpeft.flower import Participant  # noqa: E402
 from fedpeft.rounds import Done, Failed, Job, Metrics, Trainer, Trial  # noqa: E402
 
 HERE = Path(__file__).parent
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(slots=True)
 class Timed:
-    """A trainer, and the seconds spent inside it."""
+    """A trainer, and the seconds spent inside it: of the clock, and of the processor in this process."""
 
     inner: Trainer
     seconds: float = field(default=0.0)
+    busy: float = field(default=0.0)
 
     @property
     def base(self) -> str:
@@ -38,9 +40,10 @@ class Timed:
     def train_many(self, jobs: Sequence[Job]) -> Iterator[Done | Failed]:
         results = self.inner.train_many(jobs)
         for _ in jobs:
-            began = perf_counter()
+            began, worked = perf_counter(), process_time()
             result = next(results)
             self.seconds += perf_counter() - began
+            self.busy += process_time() - worked
             yield result
 
     def evaluate_many(self, trials: Sequence[Trial]) -> Iterator[Metrics | Failed]:
@@ -70,10 +73,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the rows, and keep them as results/NAME.json."""
+def save(name: str, rows: Rows, more: Mapping[str, Rows] | None = None) -> None:
+    """Print the rows, and keep them as results/NAME.json, from which ``tables.py`` makes the tables of README.md.
+
+    more: further tables, by name.
+    """
     for row in rows:
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     path = HERE / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=1) + "\n", encoding="utf8")
+    found = {"machine": machine(), "command": f"python benchmarks/{name}.py", "rows": list(rows)} | dict(more or {})
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")

@@ -75,6 +75,14 @@ class Fleet:
                 start_new_session=True,
             )
 
+    def start_node(self, number: int, config: str) -> None:
+        """Start a SuperNode, whose process is "supernode" and its number."""
+        self.start(
+            f"supernode{number}",
+            "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}",
+            "--host", "127.0.0.1", "--port", str(free_port()), "--node-config", config,
+        )  # fmt: skip
+
     def end(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
         """End one process with those that it started, by their ids."""
         process = self.processes.pop(name)
@@ -128,11 +136,7 @@ def fleet(folder: Path, node_configs: tuple[str, ...], simulation: bool = False)
         )  # fmt: skip
         running.wait_for_superlink()
         for i, config in enumerate(node_configs):
-            running.start(
-                f"supernode{i}",
-                "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{running.port}",
-                "--host", "127.0.0.1", "--port", str(free_port()), "--node-config", config,
-            )  # fmt: skip
+            running.start_node(i, config)
         yield running
 
 

@@ -63,3 +63,26 @@ def test_a_killed_node_is_left_out_at_the_deadline_and_the_run_goes_on(tmp_path:
         flower.run(ROOT, config, seconds=400)
         killer.join()
     assert survivors_of(folder) == [(0, 1), (0,)]
+
+
+@pytest.mark.slow
+def test_a_node_that_comes_after_the_run_has_begun_takes_part_from_then_on(tmp_path: Path) -> None:
+    folder = tmp_path / "deployed"
+    changes = "rounds=8; fleet.wait=20; evaluation.clients=false"
+    with fleet(tmp_path / "flower", NODES[:1]) as flower:
+
+        def start_the_second_after_the_first_round() -> None:
+            until = time.monotonic() + 300
+            while time.monotonic() < until and not survivors_of(folder):
+                time.sleep(0.1)
+            flower.start_node(1, NODES[1])
+
+        late = threading.Thread(target=start_the_second_after_the_first_round)
+        late.start()
+        config = {"experiment": str(EXPERIMENT), "changes": changes, "folder": str(folder)}
+        flower.run(ROOT, config, seconds=500)
+        late.join()
+    survivors = survivors_of(folder)
+    joined = survivors.index((0, 1))
+    assert survivors == [(0,)] * joined + [(0, 1)] * (8 - joined)
+    assert joined >= 1
