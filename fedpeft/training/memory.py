@@ -24,9 +24,9 @@ def estimate(config: Config, base_parameters: int, spec: Spec, training: Trainin
 
     With n trained numbers, t = batch · length tokens in a pass, L layers of width h and inner width i:
     base: 4 bytes a parameter, or 2 in bf16. Adapter: 4n · (value, start, gradient, and 2 moments of adamw or
-    the momentum of sgd). Activations in fp32: 4t · L · (6h + 2.5i), which was fitted to MiniLM and SmolLM2 and holds
-    the inputs that adapters, norms, activation functions and attention keep for the backward pass, and
-    what the largest layer adds for a moment; with checkpointing one layer's, and 4t · L · h. A language model adds
+    the momentum of sgd). Activations in fp32: 4t · (L + 1) · (6h + 2.5i), which was fitted to MiniLM and SmolLM2 and
+    holds the inputs that adapters, norms, activation functions and attention keep for the backward pass, and one
+    layer's gradients; with checkpointing two layers' in all, and 4t · L · h. A language model adds
     4t · 3 · vocabulary for the logits of replies, taken as the whole text. Images have (side / patch)² + 1 tokens;
     a trainer's own settings (``TorchTrainer.training``) say their side.
     Rough: within 30 % for rank 8 on attention layers; eager attention's square of the length is not in it.
@@ -46,7 +46,7 @@ def _activations(sizes: Mapping[str, int], training: Training) -> int:
     if sizes["patch"]:
         length = ((training.image_size or sizes["side"]) // sizes["patch"]) ** 2 + 1
     layer = 6 * width + 5 * sizes["inner"] // 2
-    kept = layer + layers * width if training.checkpointing else layers * layer
+    kept = layer + (layer + layers * width if training.checkpointing else layers * layer)
     return _FLOAT * training.batch * length * (kept + _TRANSIENT_HEADS * sizes["words"])
 
 
