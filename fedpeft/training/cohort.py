@@ -131,8 +131,6 @@ class CohortTrainer(TorchTrainer):
             Member.of(job, self.rows(job.client, "train"), self.training, number) for number, job in jobs.items()
         ]
         try:
-            if members:
-                self.bridge.write_fixed(members[0].job.start)
             pool = Pool(self.stack, self.frozen, self.training, self.place, group)
             for number, result in pool.train(members):
                 del left[number]

@@ -17,6 +17,8 @@ SIZES = (5, 2, 9, 1, 4, 7)
 """Rows of the six clients: none a multiple of a batch of 3 but one, and one client has a single row."""
 
 TRAINING = Training(lr=0.003, batch=3, length=40, device="cpu", precision="fp32", attention="sdpa")
+SGD = replace(TRAINING, optimiser="sgd", lr=0.05, epochs=2)
+ROUNDING = 1e-6  # as in test_cohort_equals_loop
 MODELS = ("tiny-bert", "tiny-llama", "tiny-vit")
 LINEARS = {"tiny-bert": ("query", "value"), "tiny-llama": ("q_proj", "v_proj"), "tiny-vit": ("q_proj", "v_proj")}
 
@@ -132,3 +134,8 @@ def by_client(trainer: TorchTrainer, some: list[Job]) -> dict[int, Done | Failed
 def broken(job: Job, value: float = np.nan) -> Job:
     """The job with a start whose loss is not a number."""
     return replace(job, start=job.start.put({n: np.full_like(x, value) for n, x in job.start.tensors().items()}))
+
+
+def sentences() -> tuple[TorchTrainer, CohortTrainer]:
+    """The loop and the cohort of sentences, whose rank is 5."""
+    return trainers("tiny-bert", Method(rank=5, targets=LINEARS["tiny-bert"]), SGD)

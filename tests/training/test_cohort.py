@@ -15,13 +15,15 @@ from fedpeft.training.settings import Method
 from fedpeft.training.stack import Stack
 from tests.training.cohort_cases import (
     LINEARS,
+    ROUNDING,
+    SGD,
     SIZES,
-    TRAINING,
     assert_agree,
     broken,
     by_client,
     distance,
     jobs,
+    sentences,
     trainers,
     with_ranks,
     with_tails,
@@ -29,14 +31,11 @@ from tests.training.cohort_cases import (
 from tests.training.peft_cases import PEFT_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(x) for x in PEFT_WARNINGS]
-SGD = replace(TRAINING, optimiser="sgd", lr=0.05, epochs=2)
-ROUNDING = 1e-6  # as in test_cohort_equals_loop
 
 
 @pytest.fixture(scope="module")
 def words():
-    """The loop and the cohort of sentences, whose rank is 5."""
-    return trainers("tiny-bert", Method(rank=5, targets=LINEARS["tiny-bert"]), SGD)
+    return sentences()
 
 
 def test_the_same_call_twice_gives_the_same_bits(words):

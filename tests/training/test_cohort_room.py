@@ -10,23 +10,23 @@ from fedpeft.training.pool import Member, Pool
 from fedpeft.training.settings import Method
 from tests.training.cohort_cases import (
     LINEARS,
+    ROUNDING,
+    SGD,
     TRAINING,
     distance,
     jobs,
+    sentences,
     stacked,
     trainers,
 )
 from tests.training.peft_cases import PEFT_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(x) for x in PEFT_WARNINGS]
-SGD = replace(TRAINING, optimiser="sgd", lr=0.05, epochs=2)
-ROUNDING = 1e-6  # as in test_cohort_equals_loop
 
 
 @pytest.fixture(scope="module")
 def words():
-    """The loop and the cohort of sentences, whose rank is 5."""
-    return trainers("tiny-bert", Method(rank=5, targets=LINEARS["tiny-bert"]), SGD)
+    return sentences()
 
 
 @pytest.mark.parametrize(
