@@ -88,6 +88,11 @@ class Adapter:
         """What a client of this rank holds: the first ``rank`` directions of each layer."""
         return replace(self, layers={n: x.cut(rank) for n, x in self.layers.items()})
 
+    def at(self, spec: Spec) -> Self:
+        """The same ΔW with the scales that ``spec`` has for these layers; those that it lacks keep theirs."""
+        scales = {layer.name: layer.scale for layer in spec.layers}
+        return replace(self, layers={n: x.at(scales.get(n, x.scale)) for n, x in self.layers.items()})
+
     def moved(self, change: Tensors) -> Self:
         """This adapter with ``change`` added to the tensors it names, each kept in its own dtype."""
         self._expect(change)
@@ -133,6 +138,10 @@ class Update:
             new, old = new.pad(layer.rank), old.pad(layer.rank)
             change |= {f"{layer.name}/{p}": _change(_factor(new, p), _factor(old, p)) for p in parts}
         return change
+
+    def at(self, spec: Spec) -> Self:
+        """This update with the server's scales: what rules that add products take of a client with its own."""
+        return replace(self, received=self.received.at(spec), trained=self.trained.at(spec))
 
     def dense(self) -> dict[str, Array]:
         """trained − received in fp64, for each dense leaf."""

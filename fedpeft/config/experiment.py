@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedpeft.channel import PlainChannel
-from fedpeft.config.rules import RULES, check_rule
+from fedpeft.config.rules import RULES, check_rule, seeded
 from fedpeft.config.schema import Choice, Settings, build, check, choose, nearest, plain, section
 from fedpeft.config.timing import SCHEDULES, kinds, timing
 from fedpeft.data import Dirichlet, Iid, Natural, Partitioner, Quantity, Sampled, Shards, Source, Split
@@ -251,7 +251,10 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
     made = {key: build(cls, section(settings, key), key) for key, cls in _PLAIN.items()}
     full: Settings = dict(top) | {key: plain(x) for key, x in made.items()}
     for key, (choices, default) in _CHOSEN.items():
-        made[key], full[key] = choose(key, _all(key, choices), section(settings, key), default)
+        known_here, given = _all(key, choices), section(settings, key)
+        if key == "rule":
+            given = seeded(given, known_here, default, top["seed"])
+        made[key], full[key] = choose(key, known_here, given, default)
     found = Experiment(**top, **made, settings=full)
     _combinations(found)
     return found

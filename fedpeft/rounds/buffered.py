@@ -82,6 +82,10 @@ class Buffer:
     def __post_init__(self) -> None:
         if self.rule.passes != 1:
             raise ValueError(f"rule: {type(self.rule).__name__} takes {self.rule.passes} sums a round; want 1")
+        if not self.rule.is_change:
+            raise ValueError(
+                f"rule: {type(self.rule).__name__}'s mean is no change that others may be added to; want one"
+            )
         spec = self.state.task.spec
         layouts = [self.rule.layout(Task(spec, r)) for r in range(4)]
         if any(x != layouts[0] for x in layouts):

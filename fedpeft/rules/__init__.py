@@ -1,10 +1,21 @@
 """What is averaged: one file a rule, or a family of rules that differ in a field."""
 
 from fedpeft.rules.base import Broadcast, ListRule, MeanRule, Rule, ServerState, Task
+from fedpeft.rules.each import FactorList
 from fedpeft.rules.factors import FactorMean
+from fedpeft.rules.fedex import FedEx
+from fedpeft.rules.fedsvd import FedSVD
+from fedpeft.rules.flexlora import FlexLoRA
+from fedpeft.rules.flora import FLoRA
+from fedpeft.rules.frozen import frozen
+from fedpeft.rules.hetlora import HetLoRA
+from fedpeft.rules.lora_fair import LoRAFair
 from fedpeft.rules.median import Median
+from fedpeft.rules.robust import Krum, TrimmedMean
 from fedpeft.rules.server import Adagrad, Adam, Averaging, Momentum, ServerOptimiser, Yogi
+from fedpeft.rules.subspace import Subspace
 from fedpeft.rules.weighting import Examples, SquareRoot, Uniform, Weighting
+from fedpeft.rules.zeropad import ZeroPad
 
 __all__ = [
     "Adagrad",
@@ -12,8 +23,16 @@ __all__ = [
     "Averaging",
     "Broadcast",
     "Examples",
+    "FLoRA",
+    "FactorList",
     "FactorMean",
+    "FedEx",
+    "FedSVD",
+    "FlexLoRA",
+    "HetLoRA",
+    "Krum",
     "ListRule",
+    "LoRAFair",
     "MeanRule",
     "Median",
     "Momentum",
@@ -21,8 +40,12 @@ __all__ = [
     "ServerOptimiser",
     "ServerState",
     "SquareRoot",
+    "Subspace",
     "Task",
+    "TrimmedMean",
     "Uniform",
     "Weighting",
     "Yogi",
+    "ZeroPad",
+    "frozen",
 ]

@@ -65,6 +65,11 @@ class Rule(ABC):
     def encode(self, update: Update, task: Task) -> Tensors:
         """What one client puts into the sum; zero for an update that changes nothing."""
 
+    @property
+    def tells_factors(self) -> bool:
+        """Whether it takes a layer for ``scale · b @ a``: PEFT methods that compute otherwise can't be used with it."""
+        return False
+
     def trains(self, task: Task) -> str:
         """The factors that clients train in this round: "a", "b" or "ab". Dense leaves are always trained."""
         return "ab"
@@ -78,7 +83,7 @@ class Rule(ABC):
         return frozenset()
 
     def send(self, state: ServerState, rank: int) -> Broadcast:
-        """What a client of this rank receives."""
+        """What a client of this rank receives: by default its first directions, and no trace of the rest."""
         return Broadcast(state.task, state.adapter.cut(rank), state.tail)
 
 
@@ -88,6 +93,14 @@ class MeanRule(Rule):
     So it runs in the clear, under secure aggregation, with central noise, and with a tree of
     servers that each keep one running sum.
     """
+
+    @property
+    def is_change(self) -> bool:
+        """Whether the mean is a change of the adapter's tensors, which always stand for the same.
+
+        A server optimiser may then scale it, and changes of several rounds may be added up.
+        """
+        return False
 
     def between(self, mean: Tensors, state: ServerState) -> Tensors:
         """What the server broadcasts after a pass that is not the round's last."""

@@ -55,6 +55,58 @@ def test_pad_never_cuts():
         LowRank(A, B, 1.5).pad(1)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1.5, -2.0])
+def test_the_norm_is_that_of_the_product(dtype, scale):
+    layer = LowRank(A.astype(dtype), B.astype(dtype), scale)
+    assert layer.norm == pytest.approx(np.linalg.norm(scale * B @ A), rel=1e-6 if dtype == np.float32 else 1e-12)
+    assert type(layer.norm) is float
+    assert LowRank(A, np.zeros((3, 2)), scale).norm == 0
+    assert LowRank(A[:0], B[:, :0], scale).norm == 0
+    near = LowRank(np.vstack([A[0], A[0]]), np.stack([B[:, 0], -B[:, 0]], 1), scale)  # two directions that cancel
+    assert 0 <= near.norm < 1e-6
+
+
+def test_a_layer_is_its_first_directions_and_the_rest():
+    layer = LowRank(A, B, 1.5)
+    rest = layer.rest(1)
+    assert (rest.rank, rest.scale) == (1, 1.5)
+    np.testing.assert_allclose(layer.cut(1).product() + rest.product(), layer.product(), atol=1e-12)
+    assert layer.rest(2).rank == layer.rest(9).rank == 0
+    np.testing.assert_array_equal(layer.rest(0).a, A)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_two_layers_joined_are_their_sum_at_the_firsts_scale(dtype):
+    x = LowRank(A.astype(dtype), B.astype(dtype), 1.5)
+    y = LowRank((A[:1] * 2).astype(dtype), (B[:, 1:] - 1).astype(dtype), 4.0)
+    both = x.join(y)
+    assert (both.rank, both.scale, both.a.dtype, both.b.dtype) == (3, 1.5, dtype, dtype)
+    np.testing.assert_array_equal(both.cut(2).a, x.a)
+    np.testing.assert_array_equal(both.cut(2).b, x.b)
+    np.testing.assert_allclose(both.product(), x.product() + y.product(), atol=1e-5)
+
+
+def test_another_scale_is_taken_into_b():
+    x = LowRank(A, B, 1.5)
+    y = x.at(-6.0)
+    assert y.scale == -6.0
+    np.testing.assert_array_equal(y.a, A)
+    np.testing.assert_allclose(y.product(), x.product(), rtol=1e-12)
+    assert x.at(1.5) is x
+
+
+def test_an_update_at_the_servers_scales_is_the_same_change():
+    server = Spec((Layer("q", 3, 5, 2, 0.5),))
+    update = Update(one(), one(layers={"q": LowRank(A + 1, B - 2, 1.5), "other": LowRank(A, B, 7.0)}))
+    got = update.at(server)
+    assert [x.layers["q"].scale for x in (got.received, got.trained)] == [0.5, 0.5]
+    np.testing.assert_allclose(got.received.layers["q"].product(), 1.5 * B @ A, rtol=1e-12)
+    np.testing.assert_allclose(got.trained.layers["q"].product(), 1.5 * (B - 2) @ (A + 1), rtol=1e-12)
+    assert got.trained.layers["other"].scale == 7.0  # which is refused later, by name
+    assert got.trained.dense is update.trained.dense
+
+
 def test_the_spec_says_every_shape_rank_and_scale():
     assert one().spec == Spec((Layer("q", 3, 5, 2, 1.5),), (("head", (2,)),))
     assert Adapter().spec == Spec()

@@ -46,7 +46,7 @@ def test_an_experiment_made_of_its_own_settings_is_the_same():
 
 def test_every_default_is_in_the_settings():
     settings = made().settings
-    assert settings["rule"] == {"name": "fedit"}
+    assert settings["rule"] == {"name": "fedit", "rest": "frozen"}
     assert settings["server"] == {"name": "averaging", "lr": 1.0}
     assert settings["partition"]["alpha"] == 0.5
     assert settings["selection"]["quorum"] == 0.5
@@ -67,7 +67,7 @@ def test_changes_from_the_command_line_are_toml_or_text():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[rule]\nname = "fedavg"', "rule.name: got 'fedavg'; want one of fedit, fedsa, ffa, median, rolora"),
+        ('[rule]\nname = "fedavg"', "rule.name: got 'fedavg'; want one of fedex, fedit, fedsa, fedsvd, ffa,"),
         ("[server]\nmomentum = 0.9", "server.momentum: no such key; averaging has lr"),
         ("[training]\nlearning_rate = 0.9", "training.learning_rate: no such key;"),
         ("[training]\nlr = '0.1'", "training.lr: got '0.1'; want a number"),

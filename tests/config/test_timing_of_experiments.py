@@ -75,6 +75,10 @@ def test_the_settings_that_are_written_make_the_same_experiment():
             '[schedule]\nname = "buffered"\n[rule]\nname = "rolora"',
             "rule.name: rolora averages other factors in other rounds",
         ),
+        (
+            '[schedule]\nname = "buffered"\n[rule]\nname = "rbla"',
+            "rule.name: rbla needs all answers of a round at once",
+        ),
     ],
 )
 def test_what_can_not_be_is_refused_by_key(text, message):

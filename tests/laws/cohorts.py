@@ -9,7 +9,26 @@ from typing_extensions import override
 from fedpeft.adapters import Adapter, Array, Layer, Layout, LowRank, Tensors, Update, best_rank, stack
 from fedpeft.channel import PlainChannel
 from fedpeft.rounds import ListRound, Metrics, Outcome, SumRound, contribute
-from fedpeft.rules import Broadcast, FactorMean, ListRule, MeanRule, Median, Rule, ServerState, Task
+from fedpeft.rules import (
+    Broadcast,
+    FactorMean,
+    FedEx,
+    FedSVD,
+    FlexLoRA,
+    FLoRA,
+    HetLoRA,
+    Krum,
+    ListRule,
+    LoRAFair,
+    MeanRule,
+    Median,
+    Rule,
+    ServerState,
+    Subspace,
+    Task,
+    TrimmedMean,
+    ZeroPad,
+)
 
 LAYERS = (("q", 7, 5, 3, 2.0), ("v", 4, 9, 2, 0.5))  # name, d, k, rank, scale
 DENSE = (("head", (8, 6)), ("bias", (10,)), ("gate", ()))
@@ -70,10 +89,53 @@ class TwoPasses(MeanRule):
 FEDIT, FFA, ROLORA = FactorMean(), FactorMean(("b",)), FactorMean(("b", "a"))
 FEDSA = FactorMean(("a",), personalised=True)
 FACTOR_RULES = {"fedit": FEDIT, "ffa": FFA, "rolora": ROLORA, "fedsa": FEDSA}
-MEAN_RULES: dict[str, MeanRule] = FACTOR_RULES | {"two passes": TwoPasses()}
-RULES: dict[str, Rule] = MEAN_RULES | {"median": Median()}
+RBLA = FactorMean(owners=True, rest="dropped")
+MEAN_RULES: dict[str, MeanRule] = FACTOR_RULES | {
+    "two passes": TwoPasses(),
+    "fedit, rest dropped": FactorMean(rest="dropped"),
+    "ffa, by owners": FactorMean(("b",), owners=True),
+    "rbla": RBLA,
+    "zeropad": ZeroPad(),
+    "hetlora": HetLoRA(gamma=1.0),  # that nobody prunes, so that one client gets its own update back
+    "fedsvd": FedSVD(),
+    "subspace": Subspace(seed=5),
+    "subspace, cold": Subspace(seed=5, warm=False),
+    "subspace, one pass": Subspace(seed=5, one_pass=True),
+}
+LIST_RULES: dict[str, ListRule] = {
+    "median": Median(),
+    "trimmed": TrimmedMean(),
+    "krum": Krum(0.2),
+    "multi-krum": Krum(0.2, many=True),
+    "flexlora": FlexLoRA(),
+    "flexlora, full": FlexLoRA("full"),
+    "flora": FLoRA(seed=3),
+    "fedex": FedEx(),
+    "lora_fair": LoRAFair(),
+}
+RULES: dict[str, Rule] = MEAN_RULES | LIST_RULES
+DROPPING = ("two passes", "fedsa", "fedit, rest dropped", "rbla", "zeropad", "hetlora", "flexlora, full")
+"""Rules whose clients of a low rank go without the directions that they can't train."""
+COUNTS = ("/lacks", "/norm")
+"""Ends of the names of what is sent that is no change: who holds which direction, and how much it counts."""
+
+REFACTORED = ("two passes", "fedsvd", "flexlora", "flexlora, full", "flora", "subspace")
+"""Starts of the names of rules that factor the product anew, so that an adapter that does the same is another one."""
 
 Client = tuple[Update, float]
+
+
+def is_refactored(rule: Rule) -> bool:
+    return any(RULES[name] is rule for name in RULES if name.startswith(REFACTORED))
+
+
+def drops(rule: Rule) -> bool:
+    return any(RULES[name] is rule for name in DROPPING)
+
+
+def task_of(rule: Rule, state: ServerState) -> Task:
+    """The task as clients get it."""
+    return rule.send(state, 3).task
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: type = np.float64) -> Array:
@@ -124,16 +186,23 @@ def play(rule: Rule, state: ServerState, clients: Mapping[int, Client], channel:
         assert isinstance(rule, ListRule)
         machine = ListRound(state, ranks, 1, channel, rule=rule)
     while not machine.is_over:
-        task = machine.state.task
+        outbox = machine.outbox()
         for client, (update, weight) in clients.items():
+            task = outbox[client].task
             term = contribute(rule, channel, update, weight, metrics(client), task)
             machine.receive(client, term, task.round, task.pass_)
         machine.close()
     return machine.result()
 
 
+def computed(state: ServerState | Broadcast) -> dict[str, Array]:
+    """What the model computes with, the tail included."""
+    out = weights(state.adapter)
+    return out | {n: out[n] + x.product() for n, x in state.tail.items()}
+
+
 def weights(x: Adapter) -> dict[str, Array]:
-    """What the model computes with: every layer's ΔW and every dense leaf."""
+    """What an adapter makes the model compute with: every layer's ΔW and every dense leaf."""
     return {n: layer.scale * layer.b @ layer.a for n, layer in x.layers.items()} | dict(x.dense)
 
 

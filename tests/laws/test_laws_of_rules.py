@@ -10,25 +10,34 @@ from hypothesis import strategies as st
 from fedpeft.adapters import Adapter, LowRank, Update, same
 from fedpeft.channel import PlainChannel, Running
 from fedpeft.rounds import contribute
-from fedpeft.rules import ListRule, MeanRule, Median, Rule, ServerState
+from fedpeft.rules import MeanRule, Rule, ServerState
 from tests.laws.cohorts import (
+    COUNTS,
     FACTOR_RULES,
     FEDIT,
     MEAN_RULES,
+    REFACTORED,
     RULES,
     Client,
     TwoPasses,
     assert_near,
     cohort,
+    computed,
+    drops,
+    is_refactored,
     metrics,
     play,
     start,
+    task_of,
     train,
     weights,
 )
 
 # Terms travel as fp32 (unit 6e-8, relative); the numbers here stay below 10 and are rounded at most twice.
 WIRE = 2e-6
+
+# Rounding of fp64 in sums below 1e3; a pseudoinverse of a Gaussian matrix may amplify it.
+ATOL = {rule: 1e-9 if name == "subspace, one pass" else 1e-12 for name, rule in RULES.items()}
 
 each_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 each_mean_rule = pytest.mark.parametrize("rule", MEAN_RULES.values(), ids=MEAN_RULES)
@@ -49,7 +58,7 @@ def in_each_pass(rule: Rule, state: ServerState, clients: dict[int, Client]) -> 
 
 
 def mean_of(rule: MeanRule, state: ServerState, clients: dict[int, Client]) -> dict[str, np.ndarray]:
-    encodings = [(rule.encode(update, state.task), weight) for update, weight in clients.values()]
+    encodings = [(rule.encode(update, task_of(rule, state)), weight) for update, weight in clients.values()]
     total = sum(weight for _, weight in encodings)
     return {n: sum(w * x[n] for x, w in encodings) / total for n, _ in rule.layout(state.task).shapes}
 
@@ -63,9 +72,11 @@ def test_the_layout_does_not_depend_on_the_client(rule, round, dtype):
     for step in in_each_pass(rule, state, clients):
         layout = rule.layout(step.task)
         for client, (update, weight) in clients.items():
-            encoding = rule.encode(update, step.task)
+            task = task_of(rule, step)
+            assert rule.layout(task) == layout
+            encoding = rule.encode(update, task)
             assert {n: x.shape for n, x in encoding.items()} == dict(layout.shapes)
-            term = contribute(rule, PlainChannel(), update, weight, metrics(client), step.task)
+            term = contribute(rule, PlainChannel(), update, weight, metrics(client), task)
             assert term.shape == (layout.size + 1 + 4,)
             assert term.dtype == np.float32
 
@@ -86,7 +97,7 @@ def test_any_order_and_any_tree_of_sums_gives_the_same_state(rule, order, merges
         forest = [Running(layout.size + 5) for _ in order]
         for tree, i in zip(forest, order, strict=True):
             update, weight = clients[10 + i]
-            sent = contribute(rule, PlainChannel(), update, weight, metrics(10 + i), state.task)
+            sent = contribute(rule, PlainChannel(), update, weight, metrics(10 + i), task_of(rule, state))
             tree.add(PlainChannel().weigh(sent, rule.layout(state.task).size))
         for choice in merges:
             i = choice % (len(forest) - 1)
@@ -100,7 +111,7 @@ def test_any_order_and_any_tree_of_sums_gives_the_same_state(rule, order, merges
             shared = rule.between(layout.unflatten(mean), state)
             state = replace(state, task=replace(state.task, pass_=step + 1, shared=shared))
     got = rule.decode(layout.unflatten(mean), state)
-    assert_near(weights(got.adapter), weights(want.adapter), atol=1e-12)  # fp64 sums of 5 terms below 1e3
+    assert_near(computed(got), computed(want), atol=ATOL[rule])
 
 
 @each_rule
@@ -108,16 +119,21 @@ def test_any_order_and_any_tree_of_sums_gives_the_same_state(rule, order, merges
 @each_dtype
 def test_no_change_encodes_to_zero_and_leaves_the_state(rule, round, dtype):
     state = start(dtype=dtype, round=round)
-    clients = {i: (Update(x, x), float(i)) for i in (1, 2, 3) for x in [rule.send(state, i).adapter]}
+    # A client that drops what it can't train has, by some rules, the opinion that it is zero.
+    ranks = (3, 3, 3) if drops(rule) else (1, 2, 3)
+    clients = {i: (Update(x, x), float(i)) for i, r in enumerate(ranks, 1) for x in [rule.send(state, r).adapter]}
     for step in in_each_pass(rule, state, clients):
         for update, _ in clients.values():
-            assert not any(x.any() for x in rule.encode(update, step.task).values())
+            encoding = rule.encode(update, task_of(rule, step))
+            assert not any(x.any() for n, x in encoding.items() if not n.endswith(COUNTS))
     after = play(rule, state, clients).state
     assert after.task.round == round + 1
     assert (after.task.pass_, after.task.shared) == (0, {})
-    if isinstance(rule, TwoPasses):  # which factors the product anew, in fp64
-        assert_near(weights(after.adapter), weights(state.adapter), atol=1e-12 if dtype == np.float64 else 2e-6)
+    if is_refactored(rule):
+        # In the adapter's precision: products of up to 3 numbers below 10.
+        assert_near(computed(after), computed(state), atol=1e-12 if dtype == np.float64 else 1e-5)
     else:
+        assert after.tail == state.tail
         assert same(after.adapter, state.adapter)
 
 
@@ -130,8 +146,29 @@ def test_one_client_gets_its_own_update_back(rule, round, dtype):
     [(update, _)] = clients.values()
     after = play(rule, state, clients).state
     mine = update.trained.tensors()
-    got = after.adapter.put({n: mine[n] for n in rule.personal(state.task.spec)})
-    assert_near(weights(got), weights(update.trained), atol=5 * WIRE)  # ΔW: up to 3 products of numbers near 3
+    own = after.adapter.put({n: mine[n] for n in rule.personal(state.task.spec)})
+    got = computed(replace(after, adapter=own))
+    assert_near(got, weights(update.trained), atol=10 * WIRE)  # ΔW: up to 3 products of numbers near 3
+
+
+@each_rule
+@pytest.mark.parametrize("rank", [1, 2])
+def test_one_client_of_a_low_rank_gets_its_own_update_back_too(rule, rank):
+    """With the rest frozen; a rule that drops the rest has at least this client's directions right."""
+    state = start()
+    [(update, weight)] = cohort(rule, state, ranks=(rank,)).values()
+    after = play(rule, state, {1: (update, weight)}).state
+    mine = update.trained.tensors()
+    sent = rule.send(after, rank)
+    if drops(rule) and not isinstance(rule, TwoPasses):
+        own = sent.adapter.put({n: mine[n] for n in rule.personal(state.task.spec)})
+        assert_near(weights(own), weights(update.trained), atol=10 * WIRE)
+    else:
+        want = computed(replace(rule.send(state, rank), adapter=update.trained))
+        if isinstance(rule, TwoPasses):
+            change = {n: x - weights(update.received)[n] for n, x in weights(update.trained).items()}
+            want = {n: x + change[n] for n, x in weights(state.adapter).items()}
+        assert_near(computed(after), want, atol=10 * WIRE)
 
 
 @each_rule
@@ -140,7 +177,7 @@ def test_identical_clients_count_as_one(rule):
     [client] = cohort(rule, state, ranks=(3,)).values()
     one = play(rule, state, {1: client}).state
     many = play(rule, state, {i: (client[0], float(1 + 3 * i)) for i in range(1, 7)}).state
-    assert_near(weights(many.adapter), weights(one.adapter), atol=5 * WIRE)
+    assert_near(computed(many), computed(one), atol=5 * WIRE)
 
 
 @each_rule
@@ -149,7 +186,7 @@ def test_which_client_did_what_changes_nothing(rule):
     clients = cohort(rule, state, ranks=(3, 1, 2, 3))
     shuffled = dict(zip(clients, [clients[i] for i in (12, 10, 13, 11)], strict=True))
     got, want = play(rule, state, shuffled).state, play(rule, state, clients).state
-    assert_near(weights(got.adapter), weights(want.adapter), atol=1e-12)
+    assert_near(computed(got), computed(want), atol=ATOL[rule])
 
 
 @each_rule
@@ -174,69 +211,30 @@ def test_an_adapter_keeps_its_dtypes(rule, dtype):
     assert all(x.dtype == dtype for x in (*layers, *after.dense.values()))
 
 
-@pytest.mark.parametrize("rule", [*FACTOR_RULES.values(), Median()], ids=[*FACTOR_RULES, "median"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("rule", [x for n, x in RULES.items() if n != "two passes"], ids=lambda x: repr(x))
+def test_what_else_travels_has_the_adapters_dtype(rule, dtype):
+    state = start(dtype=dtype)
+    after = play(rule, state, cohort(rule, state)).state
+    sent = rule.send(after, 1)
+    others = [x for layer in (*after.tail.values(), *sent.tail.values()) for x in (layer.a, layer.b)]
+    assert all(x.dtype == dtype for x in (*others, *sent.task.shared.values(), *after.memory.values()))
+    if isinstance(rule, MeanRule) and rule.passes == 2:
+        shared = rule.between(mean_of(rule, state, cohort(rule, state)), state)
+        assert all(x.dtype == dtype for x in shared.values())
+
+
+MOVING_ALL = ("zeropad", "hetlora", "lora_fair")
+IN_PLACE = {n: x for n, x in RULES.items() if not n.startswith((*MOVING_ALL, *REFACTORED))}
+
+
+@pytest.mark.parametrize("rule", IN_PLACE.values(), ids=IN_PLACE)
 def test_clients_of_lower_rank_leave_the_other_directions_alone(rule):
     state = start()
     after = play(rule, state, cohort(rule, state, ranks=(1, 2, 1))).state.adapter.layers["q"]
     before = state.adapter.layers["q"]
     np.testing.assert_array_equal(after.a[2:], before.a[2:])
     np.testing.assert_array_equal(after.b[:, 2:], before.b[:, 2:])
-
-
-@each_factor_rule
-@each_round
-def test_what_is_trained_is_either_sent_or_kept(rule, round):
-    state = start(round=round)
-    spec = state.task.spec
-    sent, kept = {n for n, _ in rule.layout(state.task).shapes}, rule.personal(spec)
-    assert not sent & kept
-    assert sent | kept == set(state.adapter.tensors(rule.trains(state.task)))
-
-
-def test_only_a_personalised_rule_keeps_anything_on_the_client():
-    spec = start().task.spec
-    kept = {name: rule.personal(spec) for name, rule in RULES.items()}
-    assert kept.pop("fedsa") == {"q/b", "v/b", "head", "bias", "gate"}
-    assert set(kept.values()) == {frozenset()}
-
-
-@each_rule
-def test_a_client_of_some_rank_receives_that_many_directions_and_the_tail(rule):
-    tail = {"q": LowRank(np.ones((4, 5)), np.ones((7, 4)), 1.0)}
-    state = replace(start(), tail=tail)
-    sent = rule.send(state, 2)
-    assert sent.task is state.task
-    assert sent.tail is tail
-    assert [x.rank for x in sent.adapter.layers.values()] == [2, 2]
-    assert [x.rank for x in rule.send(state, 1).adapter.layers.values()] == [1, 1]
-
-
-@each_rule
-def test_what_else_the_server_keeps_is_handed_on(rule):
-    state = replace(
-        start(),
-        tail={"q": LowRank(np.ones((4, 5)), np.ones((7, 4)), 1.0)},
-        memory={"basis": np.ones(2)},
-        moments={"v/q/a": np.ones(3)},
-    )
-    after = play(rule, state, cohort(rule, state)).state
-    assert after.tail is state.tail
-    assert after.memory is state.memory
-    assert after.moments == state.moments
-    assert after.task.spec is state.task.spec
-
-
-@each_rule
-def test_passes_and_parts_are_what_the_rule_says(rule):
-    assert rule.passes == (2 if isinstance(rule, TwoPasses) else 1)
-    if isinstance(rule, TwoPasses | ListRule):
-        assert rule.trains(start().task) == "ab"
-        assert rule.constant(start().task.spec) == frozenset()
-
-
-def test_nothing_comes_between_in_a_rule_of_one_pass():
-    with pytest.raises(ValueError, match="FactorMean has one pass; nothing comes between"):
-        FEDIT.between({}, start())
 
 
 def test_a_two_pass_rule_gives_the_best_rank_of_the_mean_product():

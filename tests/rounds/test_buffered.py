@@ -235,6 +235,7 @@ class TwoPasses(FactorMean):
     [
         (FactorMean(("b", "a")), "other tensors in other rounds"),
         (TwoPasses(), "2 sums a round"),
+        (FactorMean(owners=True), "no change"),
     ],
 )
 def test_a_rule_whose_sums_of_several_rounds_can_not_be_added_is_refused(rule, why):
