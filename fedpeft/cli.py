@@ -12,6 +12,7 @@ from typing import Annotated
 import tomli_w
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedpeft import __version__
@@ -32,6 +33,7 @@ Change = Annotated[
     list[str],
     typer.Option("-c", metavar="KEY=VALUE", help="Change one key, such as training.lr=0.01; may be repeated."),
 ]
+_WIDE = 140  # columns of a terminal that has room for what each rule does
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt: 128 and the signal's number
 Force = Annotated[bool, typer.Option("--force", help="Start over in a folder that holds an earlier run.")]
 
@@ -103,22 +105,63 @@ def check(
     table = Table(show_header=False, box=None)
     for what, value in (
         ("clients", f"{ahead.clients:,}, {ahead.cohort:,} in each round, {ahead.least} answers at least"),
-        ("rows", f"{ahead.rows:,} to train on; {ahead.smallest} to {ahead.largest} a client"),
+        (
+            "rows",
+            f"{ahead.rows:,} to train on; {ahead.smallest} to {ahead.largest} a client"
+            if ahead.rows
+            else "each node's own",
+        ),
         (
             "trained numbers",
             f"{ahead.parameters:,} of {ahead.base_parameters:,} ({share:.2%})",
         ),
-        ("up", f"{size(ahead.bytes_up)} a client and round"),
+        ("up", f"{'at most ' if ahead.ranks else ''}{size(ahead.bytes_up)} a client and round"),
         ("down", f"{size(ahead.bytes_down)} a client and round, and {size(ahead.bytes_once)} once"),
         ("memory", f"about {size(ahead.memory)} at the peak, of this machine's {size(ahead.available)}"),
         ("in one step", f"{ahead.together} of a round's clients" if ahead.together > 1 else "one client"),
     ):
         table.add_row(f"[bold]{what}[/]", value)
+    if ahead.ranks:
+        told = ", ".join(f"{rank} × {count}" for rank, count in ahead.ranks)
+        of = f" of {ahead.told} clients" if ahead.told < ahead.clients else " clients"
+        table.add_row("[bold]ranks[/]", f"{told}{of}")
     if ahead.refusal:
         table.add_row("[bold]because[/]", f"{found.adapter.method} can't be trained for many at once: {ahead.refusal}")
     for what, value in ahead.outlook.lines() if ahead.outlook is not None else ():
         table.add_row(f"[bold]{what}[/]", value)
     console.print(table, highlight=False)
+
+
+@app.command()
+def rules(
+    what: Annotated[
+        str | None, typer.Argument(help="An experiment, for bytes of its model; or a rule's name, for all on it.")
+    ] = None,
+    change: Change = [],  # noqa: B006
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown, with the papers.")] = False,
+) -> None:
+    """What rule.name may be: what each rule sends, whether it is exact, what the server sees; other packages' too.
+
+    Each fact is found out by trying the rule on small random clients, with its default settings.
+    """
+    from fedpeft import config
+    from fedpeft.run import rulebook as book
+
+    if what is not None and not what.endswith(".toml") and not Path(what).is_file():
+        console.print(book.page(what), highlight=False, markup=False)
+        return
+    rows = book.rulebook(None if what is None else config.read(Path(what), change))
+    if markdown:
+        typer.echo(book.markdown(rows), nl=False)
+        return
+    shown = [i for i, head in enumerate(book.HEADS) if head != book.ABOUT or console.width >= _WIDE]
+    table = Table(*(book.HEADS[i] for i in shown), box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for row in rows:
+        table.add_row(*(escape(row.cells()[i]) for i in shown))
+    console.print(table, highlight=False)
+    legend = [*book.LEGEND, *([] if len(shown) == len(book.HEADS) else ["What one does: `fedpeft rules NAME`."])]
+    console.print("\n".join(legend), style="dim", highlight=False, markup=False)
 
 
 @app.command()

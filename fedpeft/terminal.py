@@ -88,6 +88,8 @@ def headline(folder: Path) -> Table:
     rows = [(x.name, x.central, x.clients) for x in found.baselines.values()]
     if found.final is not None:
         rows.append(("federated", found.final.central, found.final.test.clients if found.final.test else {}))
+        if found.final.tuned is not None:
+            rows.append(("federated, tuned", None, found.final.tuned.clients))
     for name, central, clients in rows:
         own = sorted(x.accuracy for x in clients.values() if x.accuracy is not None)
         tenth = own[: -(-len(own) // 10)]

@@ -11,9 +11,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedpeft.config import experiment, load
-from fedpeft.report import History, history
+from fedpeft.report import History, history, inexact
 
 LEFT_OUT = {"run", "name", "versions"}
+HEADS = (
+    *("case", "base", "clients alone, mean", "federated", "all rows in one place"),
+    *("worst client's own", "MB up", "inexact"),
+)
 
 
 def flat(settings: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -64,8 +68,7 @@ def main(commit: str, *places: str) -> None:
         key, digits = ("loss", 3) if done[0].run.task == "lm" else ("accuracy", 3)
         names = ("base", "local", "federated", "central-training")
         print(f"\n### {Path(base).stem}: {key} on the central test set\n")
-        print("| case | base | clients alone, mean | federated | all rows in one place | worst client's own | MB up |")
-        print("|---|---|---|---|---|---|---|")
+        print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
         for case, members in cases.items():
             cells = [spread([v for x in members if (v := central(x, n, key)) is not None], digits) for n in names]
             worst = [
@@ -74,7 +77,8 @@ def main(commit: str, *places: str) -> None:
                 if x.final is not None and x.final.test is not None
             ]
             up = spread([x.bytes_up / 1e6 for x in members], 1)
-            print(f"| {case} | {' | '.join(cells)} | {spread(worst, digits)} | {up} |")
+            error = spread([v for x in members if (v := inexact(x)) is not None], 3)
+            print(f"| {case} | {' | '.join(cells)} | {spread(worst, digits)} | {up} | {error} |")
         print("\n| case | seed | federated | seconds | commit | command |")
         print("|---|---|---|---|---|---|")
         for case, members in cases.items():

@@ -87,6 +87,7 @@ def function_of(path: Path, function: str) -> FunctionType:
     for part in function.split("."):
         value = vars(value)[part]
     value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+    value = getattr(value, "__wrapped__", value)  # behind a cache
     assert isinstance(value, FunctionType), (path, function)
     return value
 
@@ -161,7 +162,7 @@ def main(only: Sequence[str]) -> int:
     """The number of survivors."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
-        for room in (*ROOMS, "rounds"):
+        for room in (*ROOMS, "rounds", "testing"):
             shutil.copytree(
                 ROOT / "fedpeft" / room, copy / "fedpeft" / room, ignore=shutil.ignore_patterns("__pycache__")
             )

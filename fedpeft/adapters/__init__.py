@@ -1,14 +1,27 @@
 """Values: layouts, low-rank layers, adapters, updates, and algebra on factors."""
 
 from fedpeft.adapters.adapter import Adapter, Layer, Spec, Update, same
-from fedpeft.adapters.factored import ROW, best_rank, compress, drift, factored_svd, orthogonal, stack, top_svd
+from fedpeft.adapters.cores import CORES, Basis, bases, basis_of, cored, drawn, lasting
+from fedpeft.adapters.factored import (
+    ROW,
+    best_rank,
+    compress,
+    drift,
+    factored_svd,
+    orthogonal,
+    orthonormal,
+    stack,
+    top_svd,
+)
 from fedpeft.adapters.layout import Array, Layout, Shape, Tensors
 from fedpeft.adapters.lowrank import LowRank
 
 __all__ = [
+    "CORES",
     "ROW",
     "Adapter",
     "Array",
+    "Basis",
     "Layer",
     "Layout",
     "LowRank",
@@ -16,11 +29,17 @@ __all__ = [
     "Spec",
     "Tensors",
     "Update",
+    "bases",
+    "basis_of",
     "best_rank",
     "compress",
+    "cored",
+    "drawn",
     "drift",
     "factored_svd",
+    "lasting",
     "orthogonal",
+    "orthonormal",
     "same",
     "stack",
     "top_svd",

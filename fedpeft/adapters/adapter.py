@@ -110,10 +110,15 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Update:
-    """What one client did: the adapter it received, and that adapter once trained."""
+    """What one client did: the adapter it received, and that adapter once trained.
+
+    travel: the sum of the factors that its gradients were multiplied with on the way, so that (received − trained) /
+    travel is their mean: steps times learning rate for plain SGD; 0 where the steps were not along gradients.
+    """
 
     received: Adapter
     trained: Adapter
+    travel: float = 1.0
 
     def factors(self, parts: str, spec: Spec) -> dict[str, Array]:
         """trained − received in fp64, factor by factor, zero-padded to the server's ranks.

@@ -13,6 +13,9 @@ ROW = 3**-0.5
 ROUNDING = 1e-13
 """A singular value below this, relative to the largest, is nothing but the rounding of fp64 sums."""
 
+SMALLEST, NOTHING = 2**-46, 2**-86
+"""Eigenvalues of a Gram matrix of unit columns that are its rounding: relative to the largest, and whatever that is."""
+
 BLOCKS = 5
 """Blocks of a Krylov space; more are nearer to the best, and slower."""
 
@@ -66,17 +69,37 @@ def top_svd(left: Array, right: Array, rank: int, rng: np.random.Generator) -> t
     if 2 * BLOCKS * width >= min(d, left.shape[1], k):
         u, s, vt = factored_svd(left, right)
         return u[:, :rank], s[:rank], vt[:rank]
-    left, right = left.astype(np.float64, copy=False), right.astype(np.float64, copy=False)
     seen = rng.normal(size=(k, width))
     q, p = np.zeros((d, 0)), np.zeros((k, 0))
     for _ in range(BLOCKS):
-        block = left @ (right @ seen)
-        for _ in range(3):  # a block that lies in q but for rounding has to be made orthogonal again, and once more
-            block, _ = np.linalg.qr(block - q @ (q.T @ block))
+        block = orthonormal(left @ (right @ seen), q)
         seen = right.T @ (left.T @ block)
         q, p = np.hstack([q, block]), np.hstack([p, seen])
-    u, s, vt = np.linalg.svd(p.T, full_matrices=False)
-    return q @ u[:, :rank], s[:rank], vt[:rank]
+    side = orthonormal(p)
+    if side.shape[1] < rank:  # the product's own rank is lower: only the whole decomposition completes its directions
+        u, s, vt = factored_svd(left, right)
+        return u[:, :rank], s[:rank], vt[:rank]
+    u, s, vt = np.linalg.svd(p.T @ side)
+    return q @ u[:, :rank], s[:rank], vt[:rank] @ side.T
+
+
+def orthonormal(x: Array, beside: Array | None = None) -> Array:
+    """Orthonormal columns that span what the columns of ``x`` (d, w) do beyond those of ``beside``.
+
+    beside: orthonormal columns (d, n). As many as the rank of what is left: directions with less than about 1e-7 of
+    the strongest one's length are left out, as is rounding. By the eigenvectors of the Gram matrix of columns of equal
+    length, which for thin matrices takes a tenth of a QR's time; twice, since one time is orthonormal only to the
+    square of the condition. Source: Stathopoulos & Wu, SIAM J. Sci. Comput. 23 (2002), 2165, section 2 (SVQB).
+    """
+    lengths = np.linalg.norm(x, axis=0)
+    x = x[:, lengths > 0] / lengths[lengths > 0]
+    for _ in range(2):
+        if beside is not None:
+            x = x - beside @ (beside.T @ x)
+        values, vectors = np.linalg.eigh(x.T @ x)
+        real = (values > SMALLEST * values[-1:]) & (values > NOTHING)
+        x = x @ (vectors[:, real] / np.sqrt(values[real]))
+    return x
 
 
 def best_rank(left: Array, right: Array, rank: int, scale: float) -> LowRank:
@@ -107,9 +130,9 @@ def compress(left: Array, right: Array, energy: float = 1.0, rank: int | None = 
     out. Rows of ``a`` are orthonormal.
     """
     u, s, vt = factored_svd(left, right)
-    real = int(np.count_nonzero(s > ROUNDING * s[:1]))
-    held = np.cumsum(s[:real] ** 2)
-    if real and energy < 1:
-        real = int(np.searchsorted(held, energy * held[-1])) + 1
+    real = np.count_nonzero(s > ROUNDING * s[:1])
+    if real and energy != 1:
+        held = np.cumsum(s**2)
+        real = np.count_nonzero(held < energy * held[-1]) + 1
     kept = real if rank is None else min(real, rank)
     return LowRank(a=vt[:kept], b=u[:, :kept] * s[:kept], scale=1.0)

@@ -50,12 +50,17 @@ class Layout:
         """The tensors of a vector of shape (size,), as views of it."""
         if vector.shape != (self.size,):
             raise ValueError(f"vector does not fit the layout: got {vector.shape}; want ({self.size},)")
-        tensors: dict[str, Array] = {}
+        return {n: vector[at : at + prod(shape)].reshape(shape) for n, (at, shape) in self.places.items()}
+
+    @property
+    def places(self) -> dict[str, tuple[int, Shape]]:
+        """Where each tensor begins in a vector, and its shape."""
+        places: dict[str, tuple[int, Shape]] = {}
         start = 0
         for name, shape in self.shapes:
-            tensors[name] = vector[start : start + prod(shape)].reshape(shape)
+            places[name] = start, shape
             start += prod(shape)
-        return tensors
+        return places
 
 
 def _difference(got: Mapping[str, Shape], want: Mapping[str, Shape]) -> str:

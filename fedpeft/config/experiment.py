@@ -8,19 +8,22 @@ import copy
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fedpeft.channel import PlainChannel
-from fedpeft.config.rules import RULES, check_rule, seeded
+from fedpeft.config.personal import Personal, check_personal
+from fedpeft.config.ranks import RANKS, check_ranks
+from fedpeft.config.rules import RULES, check_rule, is_dora, seeded
 from fedpeft.config.schema import Choice, Settings, build, check, choose, nearest, plain, section
-from fedpeft.config.timing import SCHEDULES, kinds, timing
+from fedpeft.config.sections import Baselines, Evaluation, Fleet, Simulation
+from fedpeft.config.timing import SCHEDULES, timing
 from fedpeft.data import Dirichlet, Iid, Natural, Partitioner, Quantity, Sampled, Shards, Source, Split
 from fedpeft.errors import ConfigError
-from fedpeft.rounds import Buffered, Device, Selection, Synchronous
+from fedpeft.rounds import Buffered, Ranks, Selection, Synchronous
 from fedpeft.rules import (
     Adagrad,
     Adam,
@@ -34,6 +37,7 @@ from fedpeft.rules import (
     Uniform,
     Weighting,
     Yogi,
+    personal,
 )
 from fedpeft.training.methods import Method
 from fedpeft.training.settings import Model, Training
@@ -62,83 +66,6 @@ PARTITIONS: Mapping[str, Choice] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
-    """When the adapter is evaluated: every ``every`` rounds and after the last.
-
-    clients: evaluate on each client's own validation rows too; central: on the central test set; sample: of more
-    clients than this, so many are drawn for each evaluation, and for the end and the baselines the same ones.
-    """
-
-    every: int = 1
-    clients: bool = True
-    central: bool = True
-    sample: int = 300
-
-    def __post_init__(self) -> None:
-        for key in ("every", "sample"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}: got {getattr(self, key)}; want at least 1")
-
-
-@dataclass(frozen=True, slots=True)
-class Baselines:
-    """What the run is compared with, all trained for as many steps as the federation gives each row.
-
-    base: the adapter before training; local: each client alone; central: all clients' rows in one place.
-    """
-
-    base: bool = True
-    local: bool = False
-    central: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Fleet:
-    """What the coordinator waits for before it starts.
-
-    nodes: how many (in a simulation, all of them); wait: seconds; failures: rounds in a row that may
-    fail before the run stops; own_data: each node brings a data set of its own (its node config's
-    ``data``), so there is nothing to partition.
-    """
-
-    nodes: int | None = None
-    wait: float = 120.0
-    failures: int = 3
-    own_data: bool = False
-
-    def __post_init__(self) -> None:
-        for key, good, want in (
-            ("nodes", self.nodes is None or self.nodes >= 1, "at least 1"),
-            ("wait", self.wait > 0, "more than 0 seconds"),
-            ("failures", self.failures >= 1, "at least 1"),
-        ):
-            if not good:
-                raise ValueError(f"{key}: got {getattr(self, key)}; want {want}")
-
-
-@dataclass(frozen=True, slots=True)
-class Simulation:
-    """How simulated clients run.
-
-    engine: "cohort" trains many at once on one base, "loop" one after another; group: the most that are in one step
-    (unset: as many as memory and the processor have use for); workers: processes that share the base (unset: one for
-    every four cores); devices: the kinds of device that clients are on. Where there are any, time is simulated:
-    answers come when these would give them, and ``selection.deadline`` is in simulated seconds.
-    """
-
-    engine: Literal["cohort", "loop"] = "cohort"
-    group: int | None = None
-    workers: int | None = None
-    devices: Mapping[str, Device] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "devices", kinds(self.devices, "simulation.devices"))
-        for key in ("group", "workers"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise ValueError(f"{key}: got {value}; want at least 1, or leave it out")
-
-
-@dataclass(frozen=True, slots=True)
 class Experiment:
     """A run, as the objects that do it; ``settings`` is the same as plain values, every default filled in.
 
@@ -154,6 +81,7 @@ class Experiment:
     partition: Partitioner
     split: Split
     adapter: Method
+    ranks: Ranks
     training: Training
     rule: MeanRule | ListRule
     server: ServerOptimiser
@@ -163,6 +91,7 @@ class Experiment:
     selection: Selection
     evaluation: Evaluation
     baselines: Baselines
+    personal: Personal
     fleet: Fleet
     simulation: Simulation
     settings: Settings = field(repr=False, compare=False)
@@ -182,11 +111,13 @@ _PLAIN: Mapping[str, type[Any]] = {
     "selection": Selection,
     "evaluation": Evaluation,
     "baselines": Baselines,
+    "personal": Personal,
     "fleet": Fleet,
     "simulation": Simulation,
 }
 _CHOSEN: Mapping[str, tuple[Mapping[str, Choice], str]] = {
     "partition": (PARTITIONS, "iid"),
+    "ranks": (RANKS, "whole"),
     "rule": (RULES, "fedit"),
     "server": (SERVERS, "averaging"),
     "weighting": (WEIGHTINGS, "examples"),
@@ -257,12 +188,24 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
         made[key], full[key] = choose(key, known_here, given, default)
     found = Experiment(**top, **made, settings=full)
     _combinations(found)
-    return found
+    return replace(found, rule=personal(found.rule, found.personal.tensors))
 
 
 def _combinations(found: Experiment) -> None:
     name = found.settings["rule"]["name"]
     check_rule(found.rule, name, found.adapter, found.server, found.schedule)
+    if found.rounds < found.rule.fewest_rounds:
+        raise ConfigError(
+            f"rounds: got {found.rounds}; {name} finds its directions in the first {found.rule.fewest_rounds - 1}; "
+            f"want at least {found.rule.fewest_rounds}, or rule.name = 'ffa'"
+        )
+    if found.rule.needs_sgd and found.training.optimiser != "sgd":
+        raise ConfigError(
+            f"training.optimiser: got {found.training.optimiser!r}; {name} corrects gradients, and this optimiser "
+            f'rescales them; want "sgd" (with a training.lr of its own, such as 0.1), or a rule such as fedit'
+        )
+    check_ranks(found.ranks, found.settings["ranks"]["name"], found.adapter)
+    check_personal(found.personal, found.adapter, is_dora(found.adapter), found.evaluation.clients)
     timing(found.rule, name, found.schedule, found.simulation.devices, found.selection)
     if found.selection.rest and isinstance(found.schedule, Buffered):
         raise ConfigError(
@@ -285,6 +228,11 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def known_rules() -> Mapping[str, Choice]:
+    """What ``rule.name`` may be, with what other packages add."""
+    return _all("rule", RULES)
 
 
 @cache

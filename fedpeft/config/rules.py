@@ -11,15 +11,20 @@ from fedpeft.rules import (
     Averaging,
     FactorMean,
     FedEx,
+    FedRot,
+    FedSB,
     FedSVD,
     FlexLoRA,
     FLoRA,
     HetLoRA,
     Krum,
     ListRule,
+    LoRAA2,
     LoRAFair,
     MeanRule,
     Median,
+    Ravan,
+    Scaffold,
     ServerOptimiser,
     Subspace,
     TrimmedMean,
@@ -29,21 +34,50 @@ from fedpeft.training.methods import Method
 
 RULES: Mapping[str, Choice] = {
     "fedex": Choice(FedEx),
-    "fedit": Choice(FactorMean, {"cycle": ("ab",), "personalised": False, "owners": False}),
-    "fedsa": Choice(FactorMean, {"cycle": ("a",), "personalised": True, "owners": False, "rest": "dropped"}),
+    "fedit": Choice(
+        FactorMean,
+        {"cycle": ("ab",), "personalised": False, "owners": False},
+        "Average the change of both factors (arXiv:2305.05644).",
+    ),
+    "fedrot": Choice(FedRot),
+    "fedsa": Choice(
+        FactorMean,
+        {"cycle": ("a",), "personalised": True, "owners": False, "rest": "dropped"},
+        "Average the change of a; b and the head stay on the client (arXiv:2410.01463).",
+    ),
+    "fedsb": Choice(FedSB),
     "fedsvd": Choice(FedSVD),
-    "ffa": Choice(FactorMean, {"cycle": ("b",), "personalised": False}),
+    "ffa": Choice(
+        FactorMean,
+        {"cycle": ("b",), "personalised": False},
+        "Average the change of b; a stays as it was drawn (arXiv:2403.12313).",
+    ),
     "flexlora": Choice(FlexLoRA),
     "flora": Choice(FLoRA),
     "hetlora": Choice(HetLoRA),
-    "krum": Choice(Krum, {"many": False}),
+    "krum": Choice(Krum, {"many": False}, "The change that is nearest to those around it (arXiv:1703.02757)."),
+    "lora_a2": Choice(LoRAA2),
     "lora_fair": Choice(LoRAFair),
     "median": Choice(Median),
-    "multi_krum": Choice(Krum, {"many": True}),
-    "rbla": Choice(FactorMean, {"cycle": ("ab",), "personalised": False, "owners": True, "rest": "dropped"}),
-    "rolora": Choice(FactorMean, {"cycle": ("b", "a"), "personalised": False}),
+    "multi_krum": Choice(
+        Krum, {"many": True}, "The mean of the changes that are nearest to those around them (arXiv:1703.02757)."
+    ),
+    "ravan": Choice(Ravan),
+    "rbla": Choice(
+        FactorMean,
+        {"cycle": ("ab",), "personalised": False, "owners": True, "rest": "dropped"},
+        "Average both factors, each direction over those who hold it (arXiv:2408.08699).",
+    ),
+    "rolora": Choice(
+        FactorMean,
+        {"cycle": ("b", "a"), "personalised": False},
+        "Average the change of b in one round, that of a in the next (arXiv:2409.02346).",
+    ),
+    "scaffold": Choice(Scaffold),
     "subspace": Choice(Subspace),
-    "trimmed_mean": Choice(TrimmedMean),
+    "trimmed_mean": Choice(
+        TrimmedMean, about="Each number's mean without the smallest and the largest (arXiv:1803.01498)."
+    ),
     "zeropad": Choice(ZeroPad),
 }
 
@@ -75,9 +109,13 @@ def check_rule(
             f"rule.name: {name} tells factors a and b apart, and adapter.method "
             f'{method.method!r} has none; use fedit, or adapter.method = "lora"'
         )
-    is_dora = method.method.lower() == "dora" or bool(method.options.get("use_dora"))
-    if rule.tells_factors and not isinstance(rule, FactorMean) and is_dora:
+    if rule.tells_factors and not isinstance(rule, FactorMean | Scaffold) and is_dora(method):
         raise ConfigError(
             f"rule.name: {name} adds up products of factors, and dora normalises them with the base's weights; "
             f'use fedit, ffa or rolora, or adapter.method = "lora"'
         )
+
+
+def is_dora(method: Method) -> bool:
+    """Whether a layer's product is divided by a norm, so that it adds to nothing."""
+    return method.method.lower() == "dora" or bool(method.options.get("use_dora"))

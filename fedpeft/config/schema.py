@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeAlias, Union, cast, get_args, get_origin, get_type_hints
 
@@ -14,10 +14,14 @@ Settings: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a name in the experiment file stands for: a dataclass, and the fields that the name settles."""
+    """What a name in the experiment file stands for: a dataclass, and the fields that the name settles.
+
+    about: one line on it, where the class's own docstring is about more than this name.
+    """
 
     cls: type[Any]
     settled: Mapping[str, Any] = field(default_factory=dict)
+    about: str = ""
 
 
 def choose(section: str, choices: Mapping[str, Choice], given: Mapping[str, Any], default: str) -> tuple[Any, Settings]:
@@ -25,8 +29,15 @@ def choose(section: str, choices: Mapping[str, Choice], given: Mapping[str, Any]
     name = given.get("name", default)
     if not isinstance(name, str) or name not in choices:
         raise ConfigError(f"{section}.name: got {name!r}; want one of {', '.join(sorted(choices))}")
-    choice = choices[name]
-    made = build(choice.cls, {k: v for k, v in given.items() if k != "name"}, section, choice.settled, f"{name} has ")
+    choice, rest = choices[name], {k: v for k, v in given.items() if k != "name"}
+    for key in rest:
+        others = [repr(n) for n, x in sorted(choices.items()) if key in _keys(x.cls, x.settled)]
+        if others and key not in _keys(choice.cls, choice.settled):
+            own = ", ".join(_keys(choice.cls, choice.settled)) or "no options"
+            raise ConfigError(
+                f"{section}.{key}: no such key; {name} has {own}; it goes with {section}.name = {' or '.join(others)}"
+            )
+    made = build(choice.cls, rest, section, choice.settled, f"{name} has ")
     return made, {"name": name} | {k: v for k, v in plain(made).items() if k not in choice.settled}
 
 
@@ -40,7 +51,7 @@ def build(
     """An object of dataclass ``cls`` from plain values, each checked against its field's type."""
     settled = settled or {}
     hints = get_type_hints(cls)
-    allowed = {f.name: f for f in fields(cls) if f.init and f.name not in settled}
+    allowed = _keys(cls, settled)
     for key in given:
         if key not in allowed:
             raise ConfigError(
@@ -56,6 +67,11 @@ def build(
         raise
     except ValueError as error:
         raise ConfigError(f"{section}.{error}") from error
+
+
+def _keys(cls: type[Any], settled: Mapping[str, Any]) -> dict[str, Field[Any]]:
+    """The fields that a section of this class may set."""
+    return {f.name: f for f in fields(cls) if f.init and f.name not in settled}
 
 
 def plain(value: Any) -> Any:
@@ -94,6 +110,9 @@ def check(key: str, value: Any, kind: Any) -> Any:
     elif origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(check(key, x, inner[0]) for x in value)
+    elif is_dataclass(kind) and isinstance(kind, type):
+        if isinstance(value, Mapping | kind):
+            return build(kind, value, key) if isinstance(value, Mapping) else value
     elif kind is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if isinstance(value, Mapping):
             return dict(value)
@@ -104,6 +123,9 @@ def check(key: str, value: Any, kind: Any) -> Any:
     raise ConfigError(f"{key}: got {value!r}; want {_wanted(kind)}")
 
 
+_MANY = {"a whole number": "whole numbers", "a number": "numbers"}
+
+
 def _wanted(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -111,7 +133,8 @@ def _wanted(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(repr(x) for x in inner)
     if origin is tuple:
-        return f"a list of {_wanted(inner[0])}"
+        each = _wanted(inner[0])
+        return f"a list of {_MANY.get(each, each)}"
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
     return names.get(cast(Any, kind), "a table")
 

@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
+from fedpeft.adapters import Spec
 from fedpeft.config.schema import Choice, build, plain
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import PACKAGED, Buffered, Device, Selection, Synchronous
-from fedpeft.rules import FactorMean, ListRule, MeanRule
+from fedpeft.rules import ListRule, MeanRule, Task
 
 SCHEDULES: Mapping[str, Choice] = {"buffered": Choice(Buffered), "synchronous": Choice(Synchronous)}
+_TRIED = 4
+"""Rounds after which rules do again what they have done."""
 _INSTEAD = {
     "tokens_per_second": ("gflops",),
     "gflops": ("tokens_per_second",),
@@ -42,7 +45,7 @@ def timing(
             f"rule.name: {name} asks the same clients {rule.passes} times a round, and with schedule.name = 'buffered' "
             f"there is no round to wait for; use fedit or ffa, or schedule.name = 'synchronous'"
         )
-    if isinstance(rule, FactorMean) and len(set(rule.cycle)) > 1:
+    if len({rule.trains(Task(Spec(), round)) for round in range(_TRIED)}) > 1:
         raise ConfigError(
             f"rule.name: {name} averages other factors in other rounds, and schedule.name = 'buffered' adds up answers "
             f"of several rounds; use fedit or ffa, or schedule.name = 'synchronous'"

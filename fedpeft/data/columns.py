@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +31,18 @@ class Columns:
         return DataError(f"{self.path}, {self.places[row]}, column {column!r}: {what}")
 
 
-def table_of(source: Source, columns: Columns) -> Table:
-    """The table of these columns. Raises ConfigError for a column that isn't there, DataError for a bad value."""
+def table_of(source: Source, columns: Columns, ranks: str = "") -> Table:
+    """The table of these columns. ranks: the column of each client's rank, if it is wanted.
+
+    Raises ConfigError for a column that isn't there, DataError for a bad value.
+    """
     if not columns.places:
         raise DataError(f"{columns.path}: has no rows; want at least one")
+    found = _examples(source, columns)
+    return replace(found, ranks=_ranks(ranks, columns)) if ranks else found
+
+
+def _examples(source: Source, columns: Columns) -> Table:
     task = _task(source, columns)
     clients = _clients(source.client, columns)
     if task == "lm":
@@ -90,6 +98,21 @@ def _clients(name: str, columns: Columns) -> tuple[str, ...] | None:
         return None
     values = _column("client", name, columns)
     return tuple(_name(value, row, name, columns) for row, value in enumerate(values))
+
+
+def _ranks(name: str, columns: Columns) -> tuple[int, ...]:
+    if name not in columns.names:
+        raise ConfigError(
+            f"ranks.column: no column {name!r} in {columns.path}; it has {', '.join(columns.names)}; "
+            f"name the column of each client's rank"
+        )
+    found = []
+    for row, value in enumerate(columns.values[name]):
+        text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+        if isinstance(value, bool) or not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+            raise columns.error(row, name, f"got {_shown(value)}; want a rank, a whole number of at least 1")
+        found.append(int(text))
+    return tuple(found)
 
 
 def _labels(source: Source, columns: Columns) -> tuple[np.typing.NDArray[np.int64], tuple[str, ...]]:

@@ -11,11 +11,14 @@ from fedpeft.data.source import Source
 from fedpeft.errors import ConfigError, DataError
 
 
-def read_columns(source: Source) -> Columns:
-    """The columns of a file or folder, told apart by their names. Raises DataError naming file and line."""
+def read_columns(source: Source, ranks: str = "") -> Columns:
+    """The columns of a file or folder, told apart by their names, with that of ``ranks``.
+
+    Raises DataError naming file and line.
+    """
     path = Path(source.name)
     if path.is_dir():
-        return read_folder(source, path)
+        return read_folder(source, path, ranks)
     if path.suffix.lower() == ".jsonl":
         return read_jsonl(path)
     if path.suffix.lower() == ".csv":
@@ -72,10 +75,10 @@ def read_csv(path: Path) -> Columns:
     return Columns(path, names, {name: [row[i] for row in rows] for i, name in enumerate(names)}, places)
 
 
-def read_folder(source: Source, path: Path) -> Columns:
+def read_folder(source: Source, path: Path, ranks: str = "") -> Columns:
     """The columns of a folder saved by ``datasets``' save_to_disk; of its part ``split`` where it has several.
 
-    Only the columns that the source names are read.
+    Only the columns that the source names are read, and that of ``ranks``.
     """
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         raise DataError(f"{path}: is no datasets folder (data.name); want one made with save_to_disk")
@@ -93,7 +96,7 @@ def read_folder(source: Source, path: Path) -> Columns:
         if source.split not in found:
             raise ConfigError(f"data.split: {path} has no {source.split!r}; it has {', '.join(found)}")
         found = found[source.split]
-    named = (source.text, source.label, source.client, source.prompt, source.reply, source.image)
+    named = (source.text, source.label, source.client, source.prompt, source.reply, source.image, ranks)
     classes = {
         name: tuple(feature.names)
         for name, feature in found.features.items()

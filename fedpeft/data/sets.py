@@ -27,14 +27,15 @@ SHORT_NAMES: tuple[str, ...] = tuple(_PACKAGED)
 """The data sets that are known by name."""
 
 
-def load(source: Source) -> Table:
+def load(source: Source, ranks: str = "") -> Table:
     """The data, all of it: ``federate`` applies ``source.examples`` once it's known who has what.
 
+    ranks: the column of the user's own data that says each client's rank, if it is wanted.
     Loading the same again in a process is free while the file hasn't changed. Raises ConfigError, naming the key, for
     settings that don't fit the data; DataError, naming the file and the line, for data that can't be read, and with the
     way to install it for a data set that isn't here.
     """
-    return _load(replace(source, examples=None), _stamp(source.name))
+    return _load(replace(source, examples=None), ranks, _stamp(source.name))
 
 
 def assets() -> dict[str, str]:
@@ -49,11 +50,16 @@ def assets() -> dict[str, str]:
 
 
 @lru_cache(maxsize=8)
-def _load(source: Source, stamp: tuple[tuple[str, int, int], ...]) -> Table:
+def _load(source: Source, ranks: str, stamp: tuple[tuple[str, int, int], ...]) -> Table:
     if source.name in _PACKAGED:
+        if ranks:
+            raise ConfigError(
+                f"ranks.name: got 'column', and data.name {source.name!r} is a packaged set without one of ranks; "
+                f"want levels or listed, or a file of your own"
+            )
         table = _of_classes(_PACKAGED[source.name](), source.classes)
     else:
-        table = table_of(source, read_columns(source))
+        table = table_of(source, read_columns(source, ranks), ranks)
     return _of_clients(table, source.only)
 
 

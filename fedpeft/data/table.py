@@ -21,7 +21,8 @@ class Table:
     inputs: texts ("classify"), prompts ("lm"; an empty prompt is plain language modelling), or pixels
     ("image"), uint8 of shape (N, H, W) or (N, H, W, 3); targets: int64 class numbers of shape (N,), or
     the replies of "lm"; classes: the name of each class number, none for "lm"; clients: who each row
-    belongs to by nature, where the data set says so.
+    belongs to by nature, where the data set says so; ranks: the rank that each row says its client has, where a
+    column of them was asked for.
     """
 
     task: Task
@@ -29,6 +30,7 @@ class Table:
     targets: NDArray[np.int64] | Sequence[str]
     classes: tuple[str, ...] = ()
     clients: tuple[str, ...] | None = None
+    ranks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.inputs)
@@ -99,6 +101,7 @@ class Table:
             self.targets[rows] if isinstance(self.targets, np.ndarray) else tuple(self.targets[i] for i in numbers),
             self.classes,
             None if self.clients is None else tuple(self.clients[i] for i in numbers),
+            None if self.ranks is None else tuple(self.ranks[i] for i in numbers),
         )
 
     def distinct(self) -> Rows:
@@ -124,7 +127,7 @@ class Table:
         shape = self.inputs.shape if isinstance(self.inputs, np.ndarray) else (len(self.inputs),)
         head = {"task": self.task, "shape": shape, "classes": self.classes, "clients": self.clients is not None}
         _add(digest, [json.dumps(head, sort_keys=True)])
-        for part in (self.inputs, self.targets, self.clients or ()):
+        for part in (self.inputs, self.targets, self.clients or (), [str(x) for x in self.ranks or ()]):
             if isinstance(part, np.ndarray):
                 digest.update(np.ascontiguousarray(part, part.dtype.newbyteorder("<")).tobytes())
             else:

@@ -8,7 +8,7 @@ from fedpeft.flower.drive import Evaluation, OnReply, drive, evaluate
 from fedpeft.flower.fleet import Fleet
 from fedpeft.flower.flow import Flow
 from fedpeft.flower.inprocess import InProcessGrid
-from fedpeft.flower.kept import under
+from fedpeft.flower.kept import its_own, under, with_own
 from fedpeft.flower.muster import muster
 from fedpeft.flower.post import Traffic
 from fedpeft.flower.registry import Ledger, Registry
@@ -38,9 +38,11 @@ __all__ = [
     "drive",
     "evaluate",
     "in_process",
+    "its_own",
     "muster",
     "serve",
     "server_app",
     "under",
     "virtual",
+    "with_own",
 ]

@@ -4,22 +4,27 @@
 term carries its round and pass, and nothing else of the client but its vector.
 """
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from flwr.app import RecordDict
+from numpy.typing import NDArray
 
 from fedpeft.adapters import Adapter, Array
+from fedpeft.channel import Sparse
 from fedpeft.errors import ProtocolError
 from fedpeft.flower import facts as read
 from fedpeft.flower.packing import Json, Parcel, Tensor, pack, unpack
 from fedpeft.flower.requests import Part, parts_of
-from fedpeft.rounds import Metrics
+from fedpeft.rounds import WHOLE, Metrics
 
 Cause: TypeAlias = Literal["refused", "base", "constants", "failed"]
 _CAUSES: tuple[Cause, ...] = get_args(Cause)
+MOST = 1 << 28
+"""Numbers in an answer, where nothing tells how many there should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,8 @@ class Capabilities:
     """What a node says of itself.
 
     client: its number; base: its fingerprint; central: whether it holds the central test set; holds:
-    digests of constants that it has; start: the adapter before any training, if it was asked for.
+    digests of constants that it has; start: the adapter before any training, if it was asked for; rank: how many
+    directions it can train, where the experiment leaves that to each client.
     """
 
     client: int
@@ -45,11 +51,12 @@ class Capabilities:
     central: bool = False
     holds: tuple[str, ...] = ()
     start: Adapter | None = None
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Term:
-    """One client's answer to a request to train: its vector, fp32, and what round and pass it is for."""
+    """One client's answer to a request to train: its vector, fp32 or fp64, and what round and pass it is for."""
 
     round: int
     pass_: int
@@ -79,6 +86,7 @@ def pack_capabilities(node: Capabilities) -> RecordDict:
         "central": node.central,
         "holds": list(node.holds),
         "start": None if node.start is None else read.describe(node.start.spec),
+        "rank": node.rank,
     }
     tensors: dict[str, Tensor] = {}
     if node.start is not None:
@@ -91,7 +99,7 @@ def unpack_capabilities(content: RecordDict) -> Capabilities:
     """The inverse of ``pack_capabilities``."""
     parcel = unpack(content, "capabilities")
     facts, tensors = parcel.facts, dict(parcel.tensors)
-    read.exactly(facts, ("client", "base", "train", "validation", "test", "central", "holds", "start"))
+    read.exactly(facts, ("client", "base", "train", "validation", "test", "central", "holds", "start", "rank"))
     start = None
     if facts["start"] is not None:
         fixed = read.take_all(tensors, "fixed/")
@@ -99,6 +107,9 @@ def unpack_capabilities(content: RecordDict) -> Capabilities:
         start = read.adapter_of(read.spec_of(facts, "start"), mine, fixed)
         read.none_left(mine)
     read.none_left(tensors)
+    rank = None if facts["rank"] is None else read.whole(facts, "rank")
+    if rank is not None and not 1 <= rank <= WHOLE:
+        raise ProtocolError(f"its rank is {rank}; want 1 to {WHOLE}")
     counts = Counts(read.whole(facts, "train"), read.whole(facts, "validation"), read.whole(facts, "test"))
     return Capabilities(
         read.whole(facts, "client"),
@@ -107,23 +118,57 @@ def unpack_capabilities(content: RecordDict) -> Capabilities:
         read.claim(facts, "central"),
         read.texts(facts, "holds"),
         start,
+        rank,
     )
 
 
 def pack_term(term: Term) -> RecordDict:
-    """The answer to a request to train."""
-    return pack(Parcel("term", {"round": term.round, "pass": term.pass_}, {"term": term.vector}))
+    """The answer to a request to train. Zeros, of directions that a client does not train, hardly take up room."""
+    x = term.vector
+    facts: dict[str, Json] = {"round": term.round, "pass": term.pass_, "size": len(x)}
+    kept = Sparse.of(x)
+    mask = np.frombuffer(zlib.compress(kept.mask.tobytes()), np.uint8)
+    is_sparse = mask.nbytes + kept.values.nbytes < x.nbytes
+    return pack(Parcel("term", facts, {"mask": mask, "values": kept.values} if is_sparse else {"term": x}))
 
 
-def unpack_term(content: RecordDict) -> Term:
-    """The inverse of ``pack_term``; whether the vector may be added is for the round to check."""
+def unpack_term(content: RecordDict, most: int = MOST) -> Term:
+    """The inverse of ``pack_term``; whether the vector may be added is for the round to check.
+
+    most: numbers that it may have; the message itself can be far smaller.
+    """
     parcel = unpack(content, "term")
-    read.exactly(parcel.facts, ("round", "pass"))
-    vector = parcel.tensors.get("term")
-    if len(parcel.tensors) != 1 or vector is None or vector.ndim != 1 or vector.dtype not in (np.float32, np.float64):
-        found = {n: f"{x.dtype} {x.shape}" for n, x in list(parcel.tensors.items())[:3]}
-        raise ProtocolError(f"a term holds {found}; want one fp32 or fp64 vector, 'term'")
+    read.exactly(parcel.facts, ("round", "pass", "size"))
+    size, found = read.whole(parcel.facts, "size"), parcel.tensors
+    name = "values" if found.keys() == {"mask", "values"} else "term"
+    vector = found.get(name)
+    if (
+        len(found) != (2 if name == "values" else 1)
+        or vector is None
+        or vector.ndim != 1
+        or vector.dtype not in (np.float32, np.float64)
+    ):
+        told = {n: f"{x.dtype} {x.shape}" for n, x in list(found.items())[:3]}
+        raise ProtocolError(f"a term holds {told}; want one fp32 or fp64 vector, 'term', or its 'values' and 'mask'")
+    if size > most:
+        raise ProtocolError(f"the update has shape ({size},); want at most ({most},)")
+    if name == "values":
+        vector = Sparse.restored(size, _inflated(found["mask"], -(-size // 8)), vector).dense()
+    elif size != len(vector):
+        raise ProtocolError(f"the update has {len(vector)} numbers, and says {size}")
     return Term(read.whole(parcel.facts, "round"), read.whole(parcel.facts, "pass"), vector)
+
+
+def _inflated(mask: Tensor, size: int) -> NDArray[np.uint8]:
+    """A mask of exactly so many bytes. Raises ProtocolError, and makes no more than these."""
+    inflate = zlib.decompressobj()
+    try:
+        found = inflate.decompress(mask.tobytes(), size + 1)
+    except zlib.error as error:
+        raise ProtocolError(f"the update's mask is not deflated: {error}") from None
+    if len(found) != size:
+        raise ProtocolError(f"the update's mask has another length than {size} bytes")
+    return np.frombuffer(found, np.uint8)
 
 
 def pack_metrics(metrics: Mapping[Part, Metrics]) -> RecordDict:

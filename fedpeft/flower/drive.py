@@ -144,7 +144,7 @@ def _receive(round: Round, reply: Reply) -> str | None:
     """Give an answer to the round; the reason if it was refused."""
     client = reply.letter.client
     try:
-        term = term_of(reply)
+        term = term_of(reply, round.size)
     except ProtocolError as error:
         if reply.is_current:
             round.refuse(client, str(error))
@@ -167,9 +167,9 @@ def _stale(round: Round, term: Term) -> str:
     return f"the answer is for round {term.round}, pass {term.pass_}; want round {task.round}, pass {task.pass_}"
 
 
-def term_of(reply: Reply) -> Term:
-    """What a client answered. Raises ProtocolError for a refusal, and for what is no answer."""
-    return unpack_term(_content(reply))
+def term_of(reply: Reply, most: int) -> Term:
+    """What a client answered, of at most so many numbers. Raises ProtocolError for a refusal, and for no answer."""
+    return unpack_term(_content(reply), most)
 
 
 def _content(reply: Reply) -> RecordDict:

@@ -11,6 +11,7 @@ from fedpeft.adapters import Adapter
 from fedpeft.flower.arrivals import Arrivals
 from fedpeft.flower.post import Traffic
 from fedpeft.flower.registry import Registry
+from fedpeft.rounds import WHOLE
 from fedpeft.rules import Rule
 
 Clock: TypeAlias = Callable[[], float]
@@ -81,6 +82,10 @@ class Holdings:
         return Held(self.registry, client)
 
 
+def _whole(client: int, round: int) -> int:
+    return WHOLE
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Fleet:
     """A run's clients, and how to reach them.
@@ -89,7 +94,7 @@ class Fleet:
     request carries, so that a node can build itself from it; registry: what is known of each client; start: the
     adapter before any training, where it was asked for; refused: who can't take part, and why, when it began;
     central: a client whose node holds the central test set; arrivals: who comes and goes while the run goes on, None
-    where nobody does.
+    where nobody does; rank: of a client in a round.
     """
 
     grid: Grid
@@ -105,6 +110,7 @@ class Fleet:
     sleep: Sleep = time.sleep
     holds_central: bool = False
     arrivals: Arrivals | None = None
+    rank: Callable[[int, int], int] = _whole
 
     @property
     def holds(self) -> Holdings:

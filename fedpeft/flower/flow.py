@@ -56,7 +56,8 @@ class Flow:
 
     def again(self, client: int, state: ServerState) -> None:
         """Ask this client, who was at work when a run was cut off, once more, with the adapter of this state."""
-        self._send([client], lambda _: self.buffer.rule.send(state, self.buffer.rank))
+        rank = self.buffer.rank(client, state.task.round)
+        self._send([client], lambda _: self.buffer.rule.send(state, rank))
 
     def _ask_more(self) -> None:
         while self.buffer.has_room:
@@ -73,7 +74,7 @@ class Flow:
             said = broadcast(client)
             self._expires[client] = now + self.deadline
             if client in self.fleet.nodes:
-                letters.append(writer.letter(client, self.buffer.rank, said))
+                letters.append(writer.letter(client, self.buffer.rank(client, said.task.round), said))
             else:
                 self._refuse(client, "has no node")
         for client in self._post.push(letters, self.deadline):
@@ -83,7 +84,7 @@ class Flow:
         client = reply.letter.client
         del self._expires[client]
         try:
-            term = term_of(reply)
+            term = term_of(reply, self.buffer.size)
         except ProtocolError as error:
             self.buffer.refuse(client, str(error))
             self.on_reply(client, str(error))

@@ -14,6 +14,37 @@ def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
 
 
+def with_own(adapter: Adapter, kept: Mapping[str, Tensor], names: frozenset[str]) -> Adapter:
+    """The adapter with those of these tensors that a client has kept in place of its own.
+
+    Of a layer that was kept at another rank, the directions that both have; the others are the adapter's.
+    """
+    mine = {n: x for n, x in kept.items() if n in names}
+    for name, layer in adapter.layers.items():
+        a, b = mine.get(f"{name}/a"), mine.get(f"{name}/b")
+        if a is not None:
+            mine[f"{name}/a"] = np.concatenate([a[: layer.rank], layer.a[len(a) :]])
+        if b is not None:
+            mine[f"{name}/b"] = np.concatenate([b[:, : layer.rank], layer.b[:, b.shape[1] :]], axis=1)
+    return adapter.put(mine)
+
+
+def its_own(trained: Adapter, kept: Mapping[str, Tensor], names: frozenset[str]) -> dict[str, Tensor]:
+    """The inverse of ``with_own``: those of these tensors that a client keeps once it has trained.
+
+    Of a layer that it had kept at a higher rank, the directions that it did not train are as they were.
+    """
+    all_of_it = trained.tensors()
+    mine: dict[str, Tensor] = {n: all_of_it[n] for n in names}
+    for name, layer in trained.layers.items():
+        for part, axis in (("a", 0), ("b", 1)):
+            factor = f"{name}/{part}"
+            if factor in names and factor in kept:
+                _, rest = np.split(kept[factor], [layer.rank], axis)
+                mine[factor] = np.concatenate([mine[factor], rest], axis)
+    return mine
+
+
 def remember(update: Update, metrics: Metrics) -> dict[str, Tensor]:
     """An update and its metrics as tensors, for the later passes of its round."""
     tensors: dict[str, Tensor] = {"update/metrics": metrics.vector()}
@@ -33,4 +64,4 @@ def recall(state: Mapping[str, Tensor] | None) -> tuple[Update, Metrics] | None:
         scales = under(state, f"update/{name}/scale/")
         layers = {n: LowRank(tensors.pop(f"{n}/a"), tensors.pop(f"{n}/b"), float(x)) for n, x in scales.items()}
         adapters.append(Adapter(layers, tensors))
-    return Update(*adapters), Metrics.of(state["update/metrics"])
+    return Update(adapters[0], adapters[1]), Metrics.of(state["update/metrics"])

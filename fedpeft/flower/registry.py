@@ -25,6 +25,8 @@ _SCHEMA = (
     "PRIMARY KEY (round, client)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS visit_of ON visit (client, round)",
 )
+# Files from before there were ranks get theirs when they are opened.
+_SINCE = ("CREATE TABLE IF NOT EXISTS directions (client INTEGER PRIMARY KEY, rank INTEGER NOT NULL)",)
 # Whose node is which is known to one process alone: the next one asks the nodes anew.
 _HERE = (
     "CREATE TEMP TABLE IF NOT EXISTS node (node INTEGER PRIMARY KEY, client INTEGER UNIQUE, claims INTEGER)",
@@ -79,6 +81,9 @@ class Registry:
                 connection.execute(
                     "INSERT OR REPLACE INTO client VALUES (?, ?, ?, ?, ?)", (x.client, *counts, x.central)
                 )
+                connection.execute("DELETE FROM directions WHERE client = ?", (x.client,))
+                if x.rank is not None:
+                    connection.execute("INSERT INTO directions VALUES (?, ?)", (x.client, x.rank))
                 connection.execute("DELETE FROM held WHERE client = ?", (x.client,))
                 held = {(x.client, bytes.fromhex(digest)) for digest in x.holds if _DIGEST.fullmatch(digest)}
                 connection.executemany("INSERT INTO held VALUES (?, ?)", held)
@@ -128,6 +133,11 @@ class Registry:
         """How many examples a client said to have; None if it was never met."""
         found = list(self._rows("SELECT train, validation, test FROM client WHERE client = ?", client))
         return Counts(*found[0]) if found else None
+
+    def rank(self, client: int) -> int | None:
+        """The rank that a client said to have; None if it said none."""
+        found = list(self._rows("SELECT rank FROM directions WHERE client = ?", client))
+        return int(found[0][0]) if found else None
 
     def central(self) -> int | None:
         """The lowest client here whose node holds the central test set."""
@@ -198,7 +208,7 @@ class Registry:
     def _prepare(self) -> None:
         if not self._is_ready:
             with self._database.checked():
-                for statement in _HERE:
+                for statement in _SINCE + _HERE:
                     self._database.connection.execute(statement)
             self._is_ready = True
 

@@ -11,13 +11,14 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from flwr.app import RecordDict
 
-from fedpeft.adapters import Adapter, LowRank, Spec
+from fedpeft.adapters import Adapter, LowRank, Spec, lasting
 from fedpeft.errors import ProtocolError
 from fedpeft.flower import facts as read
 from fedpeft.flower.packing import Json, Parcel, Tensor, digest_of, glance, pack, unpack
+from fedpeft.flower.small import narrowed, narrowed_tail, widen
 from fedpeft.rules import Broadcast, Task
 
-Part: TypeAlias = Literal["train", "validation", "test", "central"]
+Part: TypeAlias = Literal["train", "validation", "test", "central", "tuned"]
 _PARTS: tuple[Part, ...] = get_args(Part)
 _REQUEST = ("settings", "base", "round", "pass", "spec", "adapter", "tail", "constants", "parts")
 
@@ -28,7 +29,8 @@ class ConstantsMissing(ProtocolError):  # noqa: N818
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """A request to train, or to evaluate ``parts``.
+    """A request to train, or to evaluate ``parts``: "tuned" is the test rows, once the client has trained for itself as
+    the settings say.
 
     base: the fingerprint of the coordinator's base; constants: what travels once, by its digest
     (empty if nothing does), held or brought along; brought: whether it came in full.
@@ -54,7 +56,7 @@ class Query:
 def constants_of(adapter: Adapter, names: frozenset[str]) -> dict[str, Tensor]:
     """What of an adapter travels once: its fixed tensors, and those of ``names`` (as ``tensors()`` names them)."""
     mine = adapter.tensors()
-    return {f"constant/{n}": mine[n] for n in sorted(names)} | {f"fixed/{n}": x for n, x in adapter.fixed.items()}
+    return {f"constant/{n}": mine[n] for n in sorted(names)} | {f"fixed/{n}": x for n, x in lasting(adapter).items()}
 
 
 def pack_request(
@@ -86,8 +88,8 @@ def pack_request(
     }
     tensors: dict[str, Tensor] = {f"shared/{n}": x for n, x in task.shared.items()}
     if is_first:
-        tensors |= {f"adapter/{n}": x for n, x in adapter.tensors().items() if n not in constant}
-        tensors |= {f"tail/{n}": x for n, x in Adapter(layers=broadcast.tail).tensors().items()}
+        tensors |= {f"adapter/{n}": x for n, x in narrowed(adapter).items() if n not in constant}
+        tensors |= {f"tail/{n}": x for n, x in narrowed_tail(broadcast.tail, adapter).items()}
         tensors |= constants if in_full else {}
     return pack(Parcel(kind, facts, tensors))
 
@@ -109,10 +111,13 @@ def unpack_request(content: RecordDict, held: Callable[[str], Mapping[str, Tenso
         own = spec if facts["adapter"] is None else read.spec_of(facts, "adapter")
         _need_fit(own, spec)
         mine = read.take_all(tensors, "adapter/") | _under(constants, "constant/")
-        adapter = read.adapter_of(own, mine, _under(constants, "fixed/"))
+        fixed = _under(constants, "fixed/")
+        widen(own, mine, fixed, is_adapter=True)
+        adapter = read.adapter_of(own, mine, fixed)
         read.none_left(mine)
-        layers = read.take_all(tensors, "tail/")
-        tail = {x.name: read.low_rank(x, layers, x.name) for x in read.spec_of(facts, "tail").layers}
+        behind, layers = read.spec_of(facts, "tail"), read.take_all(tensors, "tail/")
+        widen(behind, layers, fixed, is_adapter=False)
+        tail = {x.name: read.low_rank(x, layers, x.name) for x in behind.layers}
         read.none_left(layers)
     read.none_left(tensors)
     return Request(

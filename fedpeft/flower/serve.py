@@ -24,15 +24,19 @@ from fedpeft.flower.answers import (
     pack_refusal,
     pack_term,
 )
-from fedpeft.flower.kept import recall, remember, under
+from fedpeft.flower.kept import its_own, recall, remember, under, with_own
 from fedpeft.flower.packing import Tensor
 from fedpeft.flower.requests import ConstantsMissing, Part, Request, unpack_query, unpack_request
+from fedpeft.flower.results import of_tuned, one_by_one
 from fedpeft.flower.store import ClientStore
-from fedpeft.rounds import Done, Failed, Job, Metrics, Trainer, Trial, contribute, derive
-from fedpeft.rules import Rule, Task, Weighting
+from fedpeft.rounds import Done, Failed, Job, Metrics, Trainer, Trial, Tuned, Tuning, contribute, derive
+from fedpeft.rules import Broadcast, Rule, Task, Weighting
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+
+
+def _unsaid(client: int) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +44,9 @@ class Participant:
     """All that a process needs to take part: one for all the clients that it serves.
 
     store: in memory only for clients whose every message this very process gets; examples: how many
-    a client has; holds_central: whether ``trainer`` can evaluate on the central test set.
+    a client has; rank: that it can train, where it is for it to say; holds_central: whether ``trainer`` can
+    evaluate on the central test set; exactness: whether answers hold sketches of what was trained;
+    tuning: what clients train for themselves when the run is over, and tuner: with what; None for nothing.
     """
 
     trainer: Trainer
@@ -51,6 +57,10 @@ class Participant:
     store: ClientStore
     examples: Callable[[int], Counts]
     holds_central: bool = False
+    rank: Callable[[int], int | None] = _unsaid
+    exactness: bool = False
+    tuning: Tuning | None = None
+    tuner: Callable[[], Trainer] | None = None
 
 
 class _RefusedError(Exception):
@@ -60,19 +70,20 @@ class _RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ready:
-    """A request to train that can go ahead. job: None where this round's training is done and kept."""
+    """A request to train that can go ahead. job: None where this round's training is done and kept; state: what the
+    client had kept until then, None where that is nothing."""
 
     client: int
     task: Task
     job: Job | None = None
-    had_state: bool = False
+    state: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Evaluation:
-    """A request to evaluate that can go ahead: a trial for each part that has examples."""
+    """A request to evaluate that can go ahead: a trial, or what to train first, for each part that has examples."""
 
-    trials: Mapping[Part, Trial | None]
+    trials: Mapping[Part, Trial | Tuned | None]
 
 
 def serve(
@@ -123,6 +134,7 @@ def _capabilities(participant: Participant, client: int, content: RecordDict) ->
             participant.holds_central,
             participant.store.digests(),
             participant.trainer.start() if query.start == client else None,
+            participant.rank(client),
         )
     )
 
@@ -132,7 +144,7 @@ def _train(
 ) -> Iterator[RecordDict]:
     plans = _plans(participant, client_of, messages, _ready)
     jobs = [plan.job for plan in plans if isinstance(plan, _Ready) and plan.job is not None]
-    results = _one_by_one(participant.trainer.train_many, jobs)
+    results = one_by_one(participant.trainer.train_many, jobs)
     for plan in plans:
         if isinstance(plan, Refusal):
             yield pack_refusal(plan)
@@ -151,16 +163,18 @@ def _ready(participant: Participant, client: int, request: Request) -> _Ready:
     if participant.examples(client).train == 0:
         raise _RefusedError(Refusal("failed", "this client has no training examples"))
     state = participant.store.load(client, task.round)
+    start, own = _personal(participant, request.broadcast.adapter, task, state or {}), under(state or {}, "rule/")
     job = Job(
         client,
         task.round,
         derive(participant.seed, "train", task.round, client),
-        _personal(participant, request.broadcast.adapter, task, state or {}),
+        start,
         participant.rule.trains(task),
         request.broadcast.tail,
         under(state or {}, "kept/"),
+        participant.rule.objective(task, start, own),
     )
-    return _Ready(client, task, job, state is not None)
+    return _Ready(client, task, job, state)
 
 
 def _term(participant: Participant, plan: _Ready, result: Done | Failed | None) -> Term:
@@ -175,15 +189,17 @@ def _term(participant: Participant, plan: _Ready, result: Done | Failed | None) 
             )
         update, metrics = past
     else:
-        update, metrics = Update(plan.job.start, result.trained), result.metrics
+        update, metrics = Update(plan.job.start, result.trained, result.travel), result.metrics
     weight = participant.weighting.weight(participant.examples(plan.client).train)
-    vector = contribute(rule, participant.channel, update, weight, metrics, task)
+    vector = contribute(rule, participant.channel, update, weight, metrics, task, participant.exactness)
     if result is not None:
-        mine = result.trained.tensors()
-        state: dict[str, Tensor] = {f"personal/{n}": mine[n] for n in rule.personal(task.spec)}
+        had = plan.state or {}
+        mine = its_own(result.trained, under(had, "personal/"), rule.personal(task.spec))
+        state: dict[str, Tensor] = {f"personal/{n}": x for n, x in mine.items()}
         state |= {f"kept/{n}": x for n, x in result.kept.items()}
+        state |= {f"rule/{n}": x for n, x in rule.keep(update, task, under(had, "rule/")).items()}
         state |= remember(update, metrics) if rule.passes > 1 else {}
-        if state or plan.had_state:
+        if state or plan.state is not None:
             participant.store.save(plan.client, task.round, state)
     return Term(task.round, task.pass_, vector)
 
@@ -192,8 +208,12 @@ def _evaluate(
     participant: Participant, client_of: Callable[[Message], int], messages: Sequence[Message]
 ) -> Iterator[RecordDict]:
     plans = _plans(participant, client_of, messages, _evaluation)
-    trials = [t for plan in plans if isinstance(plan, _Evaluation) for t in plan.trials.values() if t is not None]
-    results = _one_by_one(participant.trainer.evaluate_many, trials)
+    asked = [x for plan in plans if isinstance(plan, _Evaluation) for x in plan.trials.values()]
+    results = one_by_one(participant.trainer.evaluate_many, [x for x in asked if isinstance(x, Trial)])
+    tuned: Iterator[Metrics | Failed] = iter(())
+    if participant.tuner is not None and (training := [x for x in asked if isinstance(x, Tuned)]):
+        results = iter(list(results))  # before the model in memory, which both may share, is trained
+        tuned = of_tuned(participant.tuner(), training)
     for plan in plans:
         if isinstance(plan, Refusal):
             yield pack_refusal(plan)
@@ -201,7 +221,7 @@ def _evaluate(
         answers: dict[Part, Metrics] = {}
         failure = ""
         for part, trial in plan.trials.items():
-            result = Metrics() if trial is None else next(results)
+            result = Metrics() if trial is None else next(tuned if isinstance(trial, Tuned) else results)
             if isinstance(result, Failed):
                 failure = failure or result.reason
             else:
@@ -212,17 +232,32 @@ def _evaluate(
 def _evaluation(participant: Participant, client: int, request: Request) -> _Evaluation:
     broadcast, counts = request.broadcast, participant.examples(client)
     state = participant.store.load(client, broadcast.task.round)
-    own = _personal(participant, broadcast.adapter, broadcast.task, state or {})
+    mine = _personal(participant, broadcast.adapter, broadcast.task, state or {})
     sizes = {"train": counts.train, "validation": counts.validation, "test": counts.test}
-    trials: dict[Part, Trial | None] = {}
+    trials: dict[Part, Trial | Tuned | None] = {}
     for part in request.parts:
-        if part != "central":
-            trials[part] = Trial(client, part, own, broadcast.tail) if sizes[part] else None
+        if part == "tuned":
+            trials[part] = _tuned(participant, client, counts, mine, broadcast)
+        elif part != "central":
+            trials[part] = Trial(client, part, mine, broadcast.tail) if sizes[part] else None
         elif participant.holds_central:
             trials[part] = Trial(None, "test", broadcast.adapter, broadcast.tail)
         else:
             raise ProtocolError("this node does not hold the central test set")
     return _Evaluation(trials)
+
+
+def _tuned(
+    participant: Participant, client: int, counts: Counts, mine: Adapter, broadcast: Broadcast
+) -> Trial | Tuned | None:
+    """A client without rows to train on is evaluated as it is."""
+    if participant.tuning is None or participant.tuner is None:
+        raise ProtocolError("the settings let no client train for itself (personal.finetune)")
+    if not counts.test or not counts.train:
+        return Trial(client, "test", mine, broadcast.tail) if counts.test else None
+    seed = derive(participant.seed, "personal", client)
+    round, start = broadcast.task.round, participant.trainer.start()
+    return participant.tuning.of(client, round, seed, mine, broadcast.tail, start)
 
 
 def _plans(
@@ -259,25 +294,6 @@ def _request(participant: Participant, content: RecordDict) -> Request:
     return request
 
 
-def _one_by_one(
-    run: Callable[[Sequence[Item]], Iterator[Result | Failed]], items: Sequence[Item]
-) -> Iterator[Result | Failed]:
-    """A result for each item, whatever ``run`` raises: it goes on with the items after the one that broke it."""
-    done = 0
-    while done < len(items):
-        try:
-            for result in run(items[done:]):
-                yield result
-                done += 1
-                if done == len(items):
-                    return
-            reason = "the trainer gave no result"
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-        yield Failed(reason)
-        done += 1
-
-
 def _personal(participant: Participant, adapter: Adapter, task: Task, state: Mapping[str, Tensor]) -> Adapter:
-    names = participant.rule.personal(task.spec)
-    return adapter.put({n: x for n, x in under(state, "personal/").items() if n in names})
+    mine = with_own(adapter, under(state, "personal/"), participant.rule.personal(task.spec))
+    return participant.rule.begin(mine, under(state, "rule/"))

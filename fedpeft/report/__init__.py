@@ -4,9 +4,12 @@ from fedpeft.report.checkpoint import Checkpoint, Checkpoints, settled
 from fedpeft.report.compare import Comparison, compare
 from fedpeft.report.folder import FLEET, RunFolder
 from fedpeft.report.history import History, history
+from fedpeft.report.inexact import inexact
 from fedpeft.report.page import write_report
-from fedpeft.report.records import BaselineRecord, ClientData, FinalRecord, Json, RoundRecord, RunRecord, Score, Scores
+from fedpeft.report.people import ClientData
+from fedpeft.report.records import BaselineRecord, FinalRecord, RoundRecord, RunRecord, Score, Scores
 from fedpeft.report.side_by_side import arrival_table, table, write_comparison
+from fedpeft.report.strict import Json
 
 __all__ = [
     "FLEET",
@@ -26,6 +29,7 @@ __all__ = [
     "arrival_table",
     "compare",
     "history",
+    "inexact",
     "settled",
     "table",
     "write_comparison",

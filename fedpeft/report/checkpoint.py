@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 from fedpeft.adapters import Adapter, Layer, LowRank, Spec
 from fedpeft.errors import DataError
 from fedpeft.report.files import refusal, settle_names, write_whole
-from fedpeft.report.records import Json
+from fedpeft.report.strict import Json
 from fedpeft.rules import ServerState, Task
 
 SCHEMA = 1

@@ -8,15 +8,17 @@ import numpy as np
 
 from fedpeft.report.arrival import levels, mean_arrival
 from fedpeft.report.history import History, history
+from fedpeft.report.inexact import inexact
 from fedpeft.report.plots import last_clients
 from fedpeft.report.recipe import shown
-from fedpeft.report.records import Json, Score
+from fedpeft.report.records import Score
 from fedpeft.report.simulated import simulated_seconds
-from fedpeft.report.summary import last_central, setting, standing
+from fedpeft.report.strict import Json
+from fedpeft.report.summary import last_central, setting, standing, tuned
 
 MEASURES = (
-    *("accuracy", "loss", "mean", "worst", "base", "local", "central-training"),
-    *("bytes_up", "bytes_down", "seconds", "simulated"),
+    *("accuracy", "loss", "mean", "worst", "tuned", "tuned_worst", "base", "local", "central-training"),
+    *("inexact", "bytes_up", "bytes_down", "seconds", "simulated"),
 )
 
 
@@ -25,7 +27,8 @@ class Row:
     """One run. differs: its values of the settings that are not the same in all runs; accuracy, loss: on the central
     test set; mean, worst: over the clients on their own test sets (see ``Standing``); baselines: accuracy of
     "base", "local", "central-training" on the central test set; bytes: of all clients and rounds;
-    simulated: seconds of virtual time.
+    simulated: seconds of virtual time; inexact: the relative error of the server's change, mean over the rounds;
+    tuned, tuned_worst: as mean and worst, once each client has trained for itself after the run.
     """
 
     path: Path
@@ -44,6 +47,9 @@ class Row:
     bytes_down: int
     seconds: float
     simulated: float | None = None
+    inexact: float | None = None
+    tuned: float | None = None
+    tuned_worst: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +164,9 @@ def measure(row: Row, name: str) -> float | int | None:
         "bytes_down": row.bytes_down,
         "seconds": row.seconds,
         "simulated": row.simulated,
+        "inexact": row.inexact,
+        "tuned": row.tuned,
+        "tuned_worst": row.tuned_worst,
     }
     return values[name] if name in values else row.baselines.get(name)
 
@@ -171,6 +180,7 @@ def _told(x: Row) -> dict[str, Json]:
 def _row(h: History, differs: Mapping[str, str]) -> Row:
     central = last_central(h) or Score()
     mine = standing("federated", "", central, last_clients(h))
+    own = next(iter(tuned(h)), standing("tuned", "", None, {}))
     return Row(
         path=h.path.resolve(),
         name=h.run.name,
@@ -192,6 +202,9 @@ def _row(h: History, differs: Mapping[str, str]) -> Row:
         bytes_down=h.bytes_down,
         seconds=h.seconds,
         simulated=simulated_seconds(h),
+        inexact=inexact(h),
+        tuned=own.mean,
+        tuned_worst=own.worst,
     )
 
 
@@ -211,7 +224,8 @@ def _spread(values: Sequence[float]) -> Spread:
 
 def _is_aside(key: str) -> bool:
     """Whether a setting leaves what is run the same: names, seeds, and what else is measured."""
-    return key in ("name", "run") or key.startswith("baselines.") or key.rsplit(".", 1)[-1] == "seed"
+    aside = key in ("name", "run", "evaluation.exactness") or key.startswith("baselines.")
+    return aside or key.rsplit(".", 1)[-1] == "seed"
 
 
 def _follows(key: str, differing: Sequence[str], flat: Sequence[Mapping[str, str]]) -> bool:

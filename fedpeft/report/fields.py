@@ -30,6 +30,13 @@ class Fields:
         value = self.values.get(key)
         return "" if value is None else str(self._checked(key, value, str, "a text"))
 
+    def claim(self, key: str) -> bool:
+        """Whether there is a true at key."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise DataError(f"{self.where}, {key}: got {_short(value)}; want true or false")
+        return value is True
+
     def number(self, key: str) -> float | None:
         """The number at key; None if there is none."""
         value = self.values.get(key)
@@ -60,6 +67,10 @@ class Fields:
             if not key.isdecimal():
                 raise DataError(f"{self.where}: got the key {key!r}; want a client's number")
         return {key: self.section(key) for key in self.values}
+
+    def floats(self) -> dict[str, float]:
+        """All values that are not null, each a number."""
+        return {key: x for key in self.values if (x := self.number(key)) is not None}
 
     def texts(self) -> dict[str, str]:
         """All values, each a text."""

@@ -14,7 +14,8 @@ from fedpeft.errors import DataError
 from fedpeft.report.checkpoint import Checkpoints
 from fedpeft.report.files import append, refusal, settle_names, write_whole
 from fedpeft.report.journal import METRICS, Line, journal, parse
-from fedpeft.report.records import SCHEMA, Json, Record, plain
+from fedpeft.report.records import SCHEMA, Record
+from fedpeft.report.strict import Json, plain
 
 LOCK = "config.lock.toml"
 FLEET = "fleet.sqlite"

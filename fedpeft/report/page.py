@@ -5,16 +5,24 @@ from html import escape
 from pathlib import Path
 
 from fedpeft.report import recipe
+from fedpeft.report.by_rank import hostile, ranks
 from fedpeft.report.costs import amount, timeline, traffic
 from fedpeft.report.files import write_whole
 from fedpeft.report.history import History, history
+from fedpeft.report.inexact import errors, meaning
 from fedpeft.report.plots import clients, curves, last_clients, spread
 from fedpeft.report.population import population
 from fedpeft.report.simulated import kinds_of, learning, schedule, simulated_seconds
 from fedpeft.report.style import CSS
-from fedpeft.report.summary import Standing, perplexity, setting, standings
+from fedpeft.report.summary import Standing, gains, perplexity, setting, standings
 
-_COLOURS = {"base": "--grey", "local": "--orange", "federated": "--blue", "central-training": "--green"}
+_COLOURS = {
+    "base": "--grey",
+    "local": "--orange",
+    "federated": "--blue",
+    "tuned": "--blue",
+    "central-training": "--green",
+}
 _METHODS = {
     "lora": "LoRA",
     "dora": "DoRA",
@@ -48,6 +56,8 @@ def page(h: History) -> str:
         _section("Learning by simulated time", learning(h), ""),
         _section("How the clients fare, by round", spread(h), _SPREAD_NOTE),
         _section("Each client at the end", clients(h), _clients_note(h)),
+        ranks(h),
+        _section("How exact the aggregation was", errors(h), escape(meaning(h))),
         _section("Bytes sent", traffic(h), _traffic_note(h)),
         _section("Timeline", schedule(h) or timeline(h), _devices_note(h) or _timeline_note(h)),
         _refusals(h),
@@ -109,7 +119,8 @@ def _head(h: History) -> str:
     tiles = "".join(f"<div><b>{escape(value)}</b>{escape(what)}</div>" for value, what in facts)
     return (
         f'<p class="kicker">Federated fine-tuning report</p><h1>{escape(h.run.name)}</h1>'
-        f'<p class="lead">{escape(_what(h))}</p>{notice}{_verdict(h)}{_result(h)}<div class="facts">{tiles}</div>'
+        f'<p class="lead">{escape(_what(h) + hostile(h))}</p>{notice}{_verdict(h)}{_result(h)}'
+        f'<div class="facts">{tiles}</div>'
     )
 
 
@@ -170,13 +181,14 @@ def _result(h: History) -> str:
         f'<th class="n">{"Next-token accuracy" if lm else "Accuracy"},<br>central test</th><th class="bar"></th>'
         f'<th class="n">Loss</th>{"<th class=n>Perplexity</th>" if lm else ""}'
         '<th class="n">Mean client,<br>own test</th><th class="n">Worst tenth<br>of clients</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f"<tbody>{rows}</tbody></table></div>" + (f'<p class="note">{escape(said)}</p>' if (said := gains(h)) else "")
     )
 
 
 def _row(x: Standing, lm: bool) -> str:
     wide = 0.0 if x.central.accuracy is None else 100 * min(max(x.central.accuracy, 0.0), 1.0)
-    bar = f'<i style="width:{wide:.1f}%;background:var({_COLOURS[x.name]})"></i>'
+    is_known = x.central.accuracy is not None
+    bar = f'<i style="width:{wide:.1f}%;background:var({_COLOURS[x.name]})"></i>' if is_known else ""
     return (
         f'<tr class="{x.name}"><th scope="row">{escape(x.label[:1].upper() + x.label[1:])}</th>'
         f'<td class="n">{share(x.central.accuracy)}</td><td class="bar">{bar}</td>'

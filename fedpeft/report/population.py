@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from fedpeft.report.drawing import SOFT, percent, sheet, whole_ticks
 from fedpeft.report.history import History
-from fedpeft.report.records import ClientData
+from fedpeft.report.people import ClientData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedpeft.report.folder import LOCK
 from fedpeft.report.history import History
-from fedpeft.report.records import Json
+from fedpeft.report.strict import Json
 from fedpeft.report.summary import setting
 
 _HEADS = {"lm": "CausalLM", "causal-lm": "CausalLM", "image": "ImageClassification", "vision": "ImageClassification"}

@@ -1,17 +1,14 @@
 """What a run writes down: one record for the run, each round, each baseline and the end."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self, TypeAlias
 
-import numpy as np
-
 from fedpeft.report.fields import Fields
+from fedpeft.report.people import ClientData
+from fedpeft.report.strict import Json, finite
 from fedpeft.report.visits import as_rows, of_rows
-from fedpeft.rounds import Metrics, Visit
-
-Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+from fedpeft.rounds import Exactness, Metrics, Visit
 
 SCHEMA = 1
 
@@ -60,18 +57,6 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientData:
-    """What one client holds: training rows, and how many of each label (empty where there are no labels).
-
-    device: the kind that it is on, in virtual time.
-    """
-
-    examples: int = 0
-    labels: Mapping[str, int] = field(default_factory=dict[str, int])
-    device: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class RunRecord:
     """What was run. clients: all of them, or a sample of the ``population``; bytes_per_round: of one client, up and
     down; task: "classify", "image", or "lm", where accuracy is of next tokens; labels: the names of the classes in
@@ -91,14 +76,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, x: Fields) -> Self:
-        clients = {
-            int(n): ClientData(
-                c.whole("examples") or 0,
-                {k: v or 0 for k, v in c.section("labels").wholes().items()},
-                c.text("device"),
-            )
-            for n, c in x.section("clients").sections().items()
-        }
+        clients = {int(n): ClientData.read(c) for n, c in x.section("clients").sections().items()}
         return cls(
             name=x.text("name"),
             settings=x.section("settings").values,
@@ -118,7 +96,7 @@ class RunRecord:
             "name": self.name,
             "settings": self.settings,
             "versions": self.versions,
-            "clients": {str(n): _client(c) for n, c in self.clients.items()},
+            "clients": {str(n): c.json() for n, c in self.clients.items()},
             "population": self.population or len(self.clients),
             "bytes_per_round": self.bytes_per_round,
             "task": self.task,
@@ -132,8 +110,8 @@ class RunRecord:
 class RoundRecord:
     """One round. round: counts from 1, as the checkpoint written after it does; timeline: (client, start, end) in
     seconds since the round began; started: Unix time; bytes and seconds: of this round alone; staleness: of each
-    survivor's answer, in rounds. In virtual time: simulated, seconds from the run's start to the round's end; visits,
-    what became of each message to a client.
+    survivor's answer, in rounds; exactness: errors of the server's change. In virtual time: simulated, seconds from the
+    run's start to the round's end; visits, what became of each message to a client.
     """
 
     round: int
@@ -152,6 +130,7 @@ class RoundRecord:
     staleness: tuple[int, ...] = ()
     simulated: float | None = None
     visits: tuple[Visit, ...] = ()
+    exactness: Exactness | None = None
 
     @classmethod
     def read(cls, x: Fields) -> Self:
@@ -172,6 +151,7 @@ class RoundRecord:
             staleness=tuple(int(n) for n in x.numbers("staleness")),
             simulated=x.number("simulated"),
             visits=of_rows(x.rows("visits", 5)),
+            exactness=_exactness(x.section("exactness")) if x.has("exactness") else None,
         )
 
     def json(self) -> dict[str, Json]:
@@ -193,6 +173,7 @@ class RoundRecord:
             **({"staleness": self.staleness} if self.staleness else {}),
             **({"simulated": self.simulated} if self.simulated is not None else {}),
             **({"visits": as_rows(self.visits)} if self.visits else {}),
+            **({"exactness": _errors(self.exactness)} if self.exactness else {}),
         }
 
 
@@ -222,7 +203,9 @@ class BaselineRecord:
 
 @dataclass(frozen=True, slots=True)
 class FinalRecord:
-    """The end of a run. central: on the central test set; test: on each client's own; bytes, seconds: of all rounds."""
+    """The end of a run. central: on the central test set; test: on each client's own; bytes, seconds: of all rounds;
+    tuned: on each client's own once more, after it has trained for itself.
+    """
 
     rounds: int
     central: Score | None = None
@@ -231,6 +214,7 @@ class FinalRecord:
     adapter_digest: str = ""
     bytes_up: int = 0
     bytes_down: int = 0
+    tuned: Scores | None = None
 
     @classmethod
     def read(cls, x: Fields) -> Self:
@@ -242,6 +226,7 @@ class FinalRecord:
             adapter_digest=x.text("adapter_digest"),
             bytes_up=x.whole("bytes_up") or 0,
             bytes_down=x.whole("bytes_down") or 0,
+            tuned=Scores.read(x.section("tuned")) if x.has("tuned") else None,
         )
 
     def json(self) -> dict[str, Json]:
@@ -254,6 +239,7 @@ class FinalRecord:
             "adapter_digest": self.adapter_digest,
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
+            **({"tuned": self.tuned.json()} if self.tuned else {}),
         }
 
 
@@ -267,28 +253,17 @@ KINDS: Mapping[str, type[RunRecord] | type[RoundRecord] | type[BaselineRecord] |
 }
 
 
-def finite(x: float) -> float | None:
-    """x, or None where it is NaN or infinite: JSON has no such numbers."""
-    return float(x) if math.isfinite(x) else None
+def _exactness(x: Fields) -> Exactness:
+    return Exactness(x.number("overall") or 0.0, x.section("layers").floats())
 
 
-def plain(value: object) -> Json:
-    """``value`` as strict JSON: keys become text, numpy numbers plain ones, NaN and infinities null."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return finite(value)
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, Sequence | np.ndarray):
-        return [plain(x) for x in value]
-    raise ValueError(f"a record holds numbers, texts, lists and tables; got {type(value).__name__}")
+def _errors(x: Exactness) -> Json:
+    return {"overall": _short(x.overall), "layers": {n: _short(error) for n, error in x.layers.items()}}
 
 
-def _client(x: ClientData) -> dict[str, Json]:
-    return {"examples": x.examples, "labels": x.labels, **({"device": x.device} if x.device else {})}
+def _short(x: float) -> float:
+    """Four digits: more than the estimate has."""
+    return float(f"{x:.4g}")
 
 
 def _scores(x: Fields) -> dict[int, Score]:

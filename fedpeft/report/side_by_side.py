@@ -25,9 +25,12 @@ _HEADS = {
     "loss": "loss",
     "mean": "mean client %",
     "worst": "worst tenth %",
+    "tuned": "tuned client %",
+    "tuned_worst": "tuned, worst tenth %",
     "base": "base %",
     "local": "local only %",
     "central-training": "centralised %",
+    "inexact": "inexact %",
     "bytes_up": "up",
     "bytes_down": "down",
     "seconds": "time",
@@ -35,7 +38,9 @@ _HEADS = {
 }
 _LEGEND = (
     "Accuracy, loss, base, local only and centralised are on the central test set; mean client and worst tenth "
-    "are over the clients' own test sets; ± is the sample standard deviation over seeds."
+    "are over the clients' own test sets, and tuned the same once each has trained for itself; inexact is how far "
+    "the server's change was from the mean of the clients' changes, relative to that, mean over the rounds; ± is the "
+    "sample standard deviation over seeds."
 )
 
 

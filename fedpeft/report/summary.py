@@ -24,11 +24,12 @@ class Standing:
 
 
 def standings(h: History) -> list[Standing]:
-    """The baselines that were measured and this run, in the order base, local, federated, centralised."""
+    """The baselines that were measured and this run, in the order base, local, federated, tuned, centralised."""
     found = []
     for name, label, _ in BASELINES:
         if name == "central-training":
             found.append(standing("federated", "federated (this run)", last_central(h), last_clients(h)))
+            found += tuned(h)
         if name in h.baselines:
             x = h.baselines[name]
             found.append(standing(name, label, x.central, x.clients))
@@ -42,6 +43,35 @@ def standing(name: str, label: str, central: Score | None, clients: Mapping[int,
         return Standing(name, label, central or Score(), None, None)
     tenth = values[: -(-len(values) // 10)]
     return Standing(name, label, central or Score(), float(values.mean()), float(tenth.mean()))
+
+
+def tuned(h: History) -> list[Standing]:
+    """How well the clients do once each has trained for itself after the run; empty where none has."""
+    if h.final is None or h.final.tuned is None:
+        return []
+    label = "with a personal adapter" if setting(h, "personal.dual") == "True" else "tuned by each client"
+    return [standing("tuned", f"federated, {label}", None, h.final.tuned.clients)]
+
+
+def gains(h: History) -> str:
+    """What the clients gained by training for themselves after the run, in a sentence; "" where none has."""
+    if h.final is None or h.final.tuned is None or h.final.test is None:
+        return ""
+    before, after = h.final.test.clients, h.final.tuned.clients
+    each = [
+        100 * (x.accuracy - y.accuracy)
+        for n, x in after.items()
+        if x.accuracy is not None and (y := before.get(n)) is not None and y.accuracy is not None
+    ]
+    if not each:
+        return ""
+    better, worse = sum(x > 0 for x in each), sum(x < 0 for x in each)
+    epochs = setting(h, "personal.finetune")
+    return (
+        f"Training for themselves after the run ({epochs} epoch{'' if epochs == '1' else 's'}, which nobody else sees), "
+        f"{better:,} of {len(each):,} clients do better on their own test sets and {worse:,} worse; mean gain "
+        f"{float(np.mean(each)):+.1f} points, smallest {min(each):+.1f}.".replace("-", "−")
+    )
 
 
 def last_central(h: History) -> Score | None:

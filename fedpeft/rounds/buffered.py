@@ -6,17 +6,24 @@ Source: Nguyen et al., arXiv:2106.06639 (FedBuff), algorithm 1.
 An encoding is a change, so one from an older adapter still means something; it counts less the older it is.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedpeft.adapters import Array
 from fedpeft.channel import PlainChannel, Running
 from fedpeft.errors import ProtocolError
+from fedpeft.rounds.answer import STATISTICS, answer_size, inspect, measured
+from fedpeft.rounds.exactness import compared
 from fedpeft.rounds.metrics import Metrics
-from fedpeft.rounds.plain import STATISTICS, Outcome, inspect
+from fedpeft.rounds.plain import Outcome
+from fedpeft.rounds.ranks import WHOLE
 from fedpeft.rounds.seeds import derive
 from fedpeft.rounds.selection import draw
 from fedpeft.rules import Averaging, Broadcast, MeanRule, ServerOptimiser, ServerState, Task
+
+
+def _whole(client: int, round: int) -> int:
+    return WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,8 @@ class Buffer:
 
     Whoever drives it asks the clients that ``choose`` names, carries ``ask``'s broadcasts to them, gives their answers
     to ``receive`` and calls ``step`` when ``is_full``. Memory does not grow with the clients: it holds one sum.
-    rank: of all clients; largest_weight: the most that one client may claim.
+    rank: of all clients; largest_weight: the most that one client may claim; exactness: whether clients send
+    sketches of their changes, and outcomes have the error.
     """
 
     state: ServerState
@@ -71,9 +79,10 @@ class Buffer:
     optimiser: ServerOptimiser = field(default_factory=Averaging)
     channel: PlainChannel = field(default_factory=PlainChannel)
     largest_weight: float = float("inf")
-    rank: int = 1 << 30
+    rank: Callable[[int, int], int] = _whole
     refused: list[tuple[int, str]] = field(default_factory=list)
     draws: int = 0
+    exactness: bool = field(default=False, kw_only=True)
     _at_work: dict[int, int] = field(default_factory=dict, init=False)
     _asked: set[int] = field(default_factory=set, init=False)
     _answered: list[tuple[int, int]] = field(default_factory=list, init=False)
@@ -93,6 +102,11 @@ class Buffer:
                 f"rule: {type(self.rule).__name__} sums other tensors in other rounds; want always the same"
             )
         self._sum = self._empty()
+
+    @property
+    def size(self) -> int:
+        """How many numbers an answer has."""
+        return self._sum.size
 
     @property
     def at_work(self) -> Mapping[int, int]:
@@ -130,7 +144,7 @@ class Buffer:
             raise ValueError(f"client {client} is at work already; want one that is not")
         self._at_work[client] = self.state.task.round
         self._asked.add(client)
-        return self.rule.send(self.state, self.rank)
+        return self.rule.send(self.state, self.rank(client, self.state.task.round))
 
     def receive(self, client: int, answer: Array, round: int, pass_: int) -> None:
         """Add one client's answer, with the weight that its age leaves it.
@@ -144,14 +158,15 @@ class Buffer:
                 raise ProtocolError(
                     f"the answer is for round {round}, pass {pass_}; want round {self._at_work[client]}, pass 0"
                 )
-            size = self._sum.size - 1 - STATISTICS
-            inspect(answer, size, self.channel, self.largest_weight)
+            size = self.rule.layout(self.state.task).size
+            inspect(answer, size, self.channel, self.largest_weight, self._sum.size - size - 1 - STATISTICS)
         except ProtocolError as error:
             self.refuse(client, str(error))
             raise
         term = self.channel.weigh(answer, size)
         factor = self.terms.factor(self.state.task.round - round)
         term[:size] *= factor
+        term[size + 1 + STATISTICS :] *= factor
         if self.terms.normalised:
             term[size] *= factor
         self._sum.add(term)
@@ -185,8 +200,9 @@ class Buffer:
         if not is_full:
             raise ProtocolError(f"too few answers: got {len(answered)}; want {self.terms.buffer}")
         survivors, staleness = tuple(c for c, _ in answered), tuple(age for _, age in answered)
-        metrics = Metrics.of(statistics)
-        return Outcome(self.state, metrics, weight, survivors, self.take_refused(), staleness)
+        metrics, sketches = Metrics.of(statistics[:STATISTICS]), statistics[STATISTICS:]
+        found = compared(sketches, weight, measured(self.rule, before.task, self.exactness), before, self.state)
+        return Outcome(self.state, metrics, weight, survivors, self.take_refused(), staleness, found)
 
     def take_refused(self) -> tuple[tuple[int, str], ...]:
         """Who was refused and why since this was last asked; a step that succeeds takes them into its outcome."""
@@ -198,4 +214,4 @@ class Buffer:
         self._at_work, self.draws = dict(at_work), draws
 
     def _empty(self) -> Running:
-        return Running(self.rule.layout(self.state.task).size + 1 + STATISTICS)
+        return Running(answer_size(self.rule, self.state.task, self.exactness))

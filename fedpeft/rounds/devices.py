@@ -6,13 +6,14 @@ Times are simulated seconds since the run began. Everything follows from the set
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import exp, floor, inf, isfinite
+from math import exp, inf, isfinite
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.rounds.availability import ALWAYS, Availability, every
+from fedpeft.rounds.places import whole_parts
 from fedpeft.rounds.seeds import derive
 
 Fate: TypeAlias = Literal["done", "late", "lost", "away"]
@@ -72,7 +73,7 @@ class Device:
         for key in ("up", "down"):
             _amount(key, getattr(self, key), _RATE, "bit/s, such as 5e6 or '5Mbit/s'")
         if self.memory is not None:
-            _amount("memory", self.memory, _SIZE, "bytes, such as 4e9 or '4GB'")
+            bytes_in(self.memory, "memory")
         try:
             self.availability(0.0)
         except ValueError as error:
@@ -98,7 +99,7 @@ class Device:
     @property
     def bytes_memory(self) -> float:
         """Bytes that training may take; infinite if not set."""
-        return inf if self.memory is None else _amount("memory", self.memory, _SIZE, "")
+        return inf if self.memory is None else bytes_in(self.memory, "memory")
 
     def availability(self, share: float) -> Availability:
         """When one client of this kind is there, shifted by this share of ``spread_hours``."""
@@ -204,7 +205,7 @@ def populate(
     names = tuple(devices)
     if not names:
         raise ValueError("devices: got none; want at least one kind")
-    counts = _counts([devices[name].share for name in names], clients)
+    counts = whole_parts([devices[name].share for name in names], clients)
     kinds = np.repeat(np.arange(len(names)), counts)
     kinds = np.random.default_rng(derive(seed, "device", 0)).permutation(kinds)
     speeds = tuple(devices[name].speed(parameters) for name in names)
@@ -220,14 +221,9 @@ def trained_rows(rows: int, batch: int, accumulate: int, epochs: int, steps: int
     return rows * whole + min(rows, rest * batch * accumulate)
 
 
-def _counts(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to the shares that add up to the total: the largest remainders are rounded up."""
-    exact = [total * x / sum(shares) for x in shares]
-    counts = [floor(x) for x in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - exact[i], i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts
+def bytes_in(value: float | str, key: str) -> float:
+    """Bytes, from a number of them or such as "4GB". Raises ValueError naming the key."""
+    return _amount(key, value, _SIZE, "bytes, such as 4e9 or '4GB'")
 
 
 def _uniform(seed: int, *path: int) -> float:

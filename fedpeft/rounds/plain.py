@@ -5,25 +5,28 @@ calls ``close`` when ``is_settled`` or when time is up, again for each pass, and
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 
+import numpy as np
 from typing_extensions import override
 
-from fedpeft.adapters import Array, Tensors, Update
-from fedpeft.channel import PlainChannel, Running
+from fedpeft.adapters import Array, Layout, Shape, Tensors
+from fedpeft.channel import PlainChannel, Running, Sparse
 from fedpeft.errors import ProtocolError
+from fedpeft.rounds.answer import STATISTICS, answer_size, inspect, measured
+from fedpeft.rounds.exactness import Exactness, compared
 from fedpeft.rounds.metrics import Metrics
-from fedpeft.rules import Averaging, Broadcast, ListRule, MeanRule, Rule, ServerOptimiser, ServerState, Task
-
-STATISTICS = len(Metrics().vector())
+from fedpeft.rules import Averaging, Broadcast, ListRule, MeanRule, Rule, ServerOptimiser, ServerState
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
     """A round that is over: the next state, the survivors' metrics and total weight, and who was refused and why.
 
-    staleness: how many rounds had passed since each survivor was asked, in the same order; empty where none can have.
+    staleness: how many rounds had passed since each survivor was asked, in the same order; empty where none can have;
+    exactness: how far the new state is from the mean of what the clients did, None where it wasn't measured.
     """
 
     state: ServerState
@@ -32,22 +35,7 @@ class Outcome:
     survivors: tuple[int, ...]
     refused: tuple[tuple[int, str], ...]
     staleness: tuple[int, ...] = ()
-
-
-def contribute(rule: Rule, channel: PlainChannel, update: Update, weight: float, metrics: Metrics, task: Task) -> Array:
-    """One client's answer for one pass: all that leaves it."""
-    x = rule.layout(task).flatten(rule.encode(update, task))
-    return channel.up(x, weight, metrics.vector())
-
-
-def inspect(answer: Array, size: int, channel: PlainChannel, largest_weight: float) -> None:
-    """Raise ProtocolError for an answer that may not be added to a sum of encodings of this size."""
-    if answer.shape != (size + 1 + STATISTICS,):
-        raise ProtocolError(f"the update has shape {answer.shape}; want ({size + 1 + STATISTICS},)")
-    channel.check(answer, size, largest_weight)
-    counts = Metrics.of(answer[size + 1 :])
-    if min(counts.loss, counts.correct, counts.examples) < 0 or counts.correct > counts.units:
-        raise ProtocolError(f"the update has impossible counts: {counts}")
+    exactness: Exactness | None = None
 
 
 @dataclass(slots=True)
@@ -56,7 +44,7 @@ class Round(ABC):
 
     ranks: the chosen clients and the rank of each; quorum: the fewest answers that make a result;
     enough: the number of answers after which nobody else is waited for; largest_weight: the most
-    that one client may claim.
+    that one client may claim; exactness: whether clients send sketches of their changes, and the outcome has the error.
     """
 
     state: ServerState
@@ -66,6 +54,7 @@ class Round(ABC):
     enough: int | None = None
     largest_weight: float = float("inf")
     refused: list[tuple[int, str]] = field(default_factory=list)
+    exactness: bool = field(default=False, kw_only=True)
     _waiting: set[int] = field(init=False)
     _answered: list[int] = field(init=False)
     _is_over: bool = field(init=False, default=False)
@@ -80,8 +69,8 @@ class Round(ABC):
     def _rule(self) -> Rule: ...
 
     @abstractmethod
-    def _take(self, client: int, term: Array) -> None:
-        """Keep what this round needs of a checked term."""
+    def _take(self, client: int, answer: Array) -> None:
+        """Keep what this round needs of a checked answer."""
 
     @abstractmethod
     def _finish(self) -> None:
@@ -90,6 +79,11 @@ class Round(ABC):
     @abstractmethod
     def result(self) -> Outcome:
         """The outcome. Raises ProtocolError if too few answered, RuntimeError while the round is open."""
+
+    @property
+    def size(self) -> int:
+        """How many numbers an answer to this pass has."""
+        return answer_size(self._rule, self.state.task, self.exactness)
 
     @property
     def waiting(self) -> frozenset[int]:
@@ -131,7 +125,7 @@ class Round(ABC):
         except ProtocolError as error:
             self.refuse(client, str(error))
             raise
-        self._take(client, self.channel.weigh(answer, self._rule.layout(task).size))
+        self._take(client, answer)
         self._waiting.discard(client)
         self._answered.append(client)
 
@@ -154,7 +148,8 @@ class Round(ABC):
             raise ProtocolError("answered twice: the first answer counts")
         if client not in self._waiting:
             raise ProtocolError("was not asked, or is no longer waited for")
-        inspect(answer, self._rule.layout(self.state.task).size, self.channel, self.largest_weight)
+        size = self._rule.layout(self.state.task).size
+        inspect(answer, size, self.channel, self.largest_weight, self._sketches.size)
 
     def _open(self, clients: Mapping[int, int] | tuple[int, ...]) -> None:
         self._waiting, self._answered = set(clients), []
@@ -163,16 +158,26 @@ class Round(ABC):
         if len(self._answered) < self.quorum:
             raise ProtocolError(f"too few answers: got {len(self._answered)}; want at least {self.quorum}")
 
+    @property
+    def _sketches(self) -> Layout:
+        return measured(self._rule, self.state.task, self.exactness)
+
     def _outcome(self, state: ServerState, weight: float, statistics: Array) -> Outcome:
-        return Outcome(state, Metrics.of(statistics), weight, self.answered, tuple(self.refused))
+        metrics, sketches = Metrics.of(statistics[:STATISTICS]), statistics[STATISTICS:]
+        found = compared(sketches, weight, self._sketches, self.state, state)
+        return Outcome(state, metrics, weight, self.answered, tuple(self.refused), exactness=found)
 
 
 @dataclass(slots=True)
 class SumRound(Round):
-    """A round that keeps nothing but sums, so only a ``MeanRule`` fits; memory does not grow with the cohort."""
+    """A round that keeps nothing but sums, so only a ``MeanRule`` fits; memory does not grow with the cohort.
+
+    clients: how many there are in all; if not given, those who were asked.
+    """
 
     rule: MeanRule = field(kw_only=True)
     optimiser: ServerOptimiser = field(default_factory=Averaging, kw_only=True)
+    clients: int | None = field(default=None, kw_only=True)
     _sum: Running = field(init=False)
 
     def __post_init__(self) -> None:
@@ -185,8 +190,8 @@ class SumRound(Round):
         return self.rule
 
     @override
-    def _take(self, client: int, term: Array) -> None:
-        self._sum.add(term)
+    def _take(self, client: int, answer: Array) -> None:
+        self._sum.add(self.channel.weigh(answer, self.rule.layout(self.state.task).size))
 
     @override
     def _finish(self) -> None:
@@ -207,11 +212,12 @@ class SumRound(Round):
         self._need_quorum()
         mean, weight, statistics = self._mean()
         change, moments = self.optimiser.step(mean, self.state.moments)
-        state = self.rule.decode(change, replace(self.state, moments=moments))
+        share = len(self._answered) / (self.clients or len(self.ranks))
+        state = self.rule.decode(change, replace(self.state, moments=moments, share=share))
         return self._outcome(state, weight, statistics)
 
     def _empty(self) -> Running:
-        return Running(self.rule.layout(self.state.task).size + 1 + STATISTICS)
+        return Running(self.size)
 
     def _mean(self) -> tuple[Tensors, float, Array]:
         layout = self.rule.layout(self.state.task)
@@ -223,11 +229,12 @@ class SumRound(Round):
 class ListRound(Round):
     """A round that keeps each client's encoding, for a ``ListRule``: memory grows with the cohort.
 
-    The rule gets the encodings in ascending order of clients, so the order of arrival changes nothing.
+    An encoding is kept as it came, its zeros as a bit each, and a tensor of it is made when the rule asks for it. The
+    rule gets the encodings in ascending order of clients, so the order of arrival changes nothing.
     """
 
     rule: ListRule = field(kw_only=True)
-    _terms: dict[int, Array] = field(init=False, default_factory=dict)
+    _answers: dict[int, Sparse] = field(init=False, default_factory=dict)
 
     @property
     @override
@@ -235,8 +242,8 @@ class ListRound(Round):
         return self.rule
 
     @override
-    def _take(self, client: int, term: Array) -> None:
-        self._terms[client] = term
+    def _take(self, client: int, answer: Array) -> None:
+        self._answers[client] = Sparse.of(answer)
 
     @override
     def _finish(self) -> None:
@@ -248,7 +255,27 @@ class ListRound(Round):
             raise RuntimeError(f"the round is still open: {len(self._waiting)} clients have not answered")
         self._need_quorum()
         layout = self.rule.layout(self.state.task)
-        each = [self.channel.down(term, layout.size) for _, term in sorted(self._terms.items())]
-        encodings = [(layout.unflatten(mean), weight) for mean, weight, _ in each]
-        statistics = sum((s for _, _, s in each), Metrics().vector())
-        return self._outcome(self.rule.decode(encodings, self.state), sum(w for _, w, _ in each), statistics)
+        each = [x for _, x in sorted(self._answers.items())]
+        ends = [x.dense(layout.size).astype(np.float64) for x in each]
+        places = layout.places
+        encodings = [(_Encoding(places, x), float(end[0])) for x, end in zip(each, ends, strict=True)]
+        statistics = np.sum([end[1:] for end in ends], axis=0)
+        return self._outcome(self.rule.decode(encodings, self.state), sum(w for _, w in encodings), statistics)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Encoding(Mapping[str, Array]):
+    """The tensors of one answer in fp64, each made when it is asked for."""
+
+    places: Mapping[str, tuple[int, Shape]]
+    answer: Sparse
+
+    def __getitem__(self, name: str) -> Array:
+        start, shape = self.places[name]
+        return self.answer.dense(start, start + prod(shape)).astype(np.float64).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)

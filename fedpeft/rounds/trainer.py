@@ -6,6 +6,7 @@ from typing import Protocol
 
 from fedpeft.adapters import Adapter, LowRank, Tensors
 from fedpeft.rounds.metrics import Metrics
+from fedpeft.rules import PLAIN, Objective
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -13,8 +14,10 @@ class Job:
     """One client's training in one round.
 
     client: whose data; seed: of this client in this round; start: the adapter to train from, personal
-    parts already in place; trains: the factors to train ("a", "b", "ab"; dense leaves always);
-    tail: low-rank layers to run beside it, frozen; kept: what this client's objective left last time.
+    parts already in place; trains: the factors to train ("a", "b", "ab"; dense leaves always), or, of layers in core
+    form, "core" or "heads", as ``Rule.trains`` says them;
+    tail: low-rank layers to run beside it, frozen; kept: what the trainer left last time; objective: what is added
+    to the loss, and no trainer may leave out.
     """
 
     client: int
@@ -24,15 +27,20 @@ class Job:
     trains: str = "ab"
     tail: Mapping[str, LowRank] = field(default_factory=dict)
     kept: Tensors = field(default_factory=dict)
+    objective: Objective = PLAIN
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Done:
-    """A job that went well: the trained adapter (same spec as the start), its metrics, what to keep."""
+    """A job that went well: the trained adapter (same spec as the start), its metrics, what to keep.
+
+    travel: as in ``Update``, by the steps that were taken: 0 if they were not along gradients.
+    """
 
     trained: Adapter
     metrics: Metrics
     kept: Tensors = field(default_factory=dict)
+    travel: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

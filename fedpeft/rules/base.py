@@ -3,9 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Self
 
 from fedpeft.adapters import Adapter, Layout, LowRank, Spec, Tensors, Update
+from fedpeft.rules.objective import PLAIN, Objective
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +28,8 @@ class ServerState:
     """All that the server keeps from round to round.
 
     tail: low-rank layers that every client runs beside the adapter and none trains; memory: the
-    rule's own tensors (bases, moments); moments: the server optimiser's.
+    rule's own tensors (bases, moments); moments: the server optimiser's; share: how many of all clients are in the
+    mean that ``decode`` is given, as a share.
     """
 
     task: Task
@@ -34,6 +37,14 @@ class ServerState:
     tail: Mapping[str, LowRank] = field(default_factory=dict)
     memory: Tensors = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
+    share: float = 1.0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex of what the model runs: the adapter's own, or where there is a tail, that of both."""
+        if not self.tail:
+            return self.adapter.digest
+        return sha256(f"{self.adapter.digest} {Adapter(self.tail).digest}".encode()).hexdigest()
 
     def next(self, adapter: Adapter) -> Self:
         """The state at the start of the next round, with this adapter."""
@@ -70,8 +81,33 @@ class Rule(ABC):
         """Whether it takes a layer for ``scale · b @ a``: PEFT methods that compute otherwise can't be used with it."""
         return False
 
+    @property
+    def fewest_rounds(self) -> int:
+        """How many rounds a run needs to get beyond what the rule begins with."""
+        return 1
+
+    @property
+    def needs_sgd(self) -> bool:
+        """Whether clients must step along their gradients, so that an optimiser that rescales them can't be used."""
+        return False
+
+    def objective(self, task: Task, start: Adapter, own: Tensors) -> Objective:
+        """What a client adds to its loss. start: the adapter that it trains; own: what it kept by this rule."""
+        return PLAIN
+
+    def begin(self, received: Adapter, own: Tensors) -> Adapter:
+        """The adapter that a client works with, of the one it received. own: what it kept by this rule."""
+        return received
+
+    def keep(self, update: Update, task: Task, own: Tensors) -> Tensors:
+        """What a client that did this keeps for the rounds to come, in place of what it had."""
+        return {}
+
     def trains(self, task: Task) -> str:
-        """The factors that clients train in this round: "a", "b" or "ab". Dense leaves are always trained."""
+        """The factors that clients train in this round: "a", "b" or "ab". Dense leaves are always trained.
+
+        "core": of layers in core form (``adapters.bases``) the cores alone; "heads": and a scale of each core.
+        """
         return "ab"
 
     def personal(self, spec: Spec) -> frozenset[str]:

@@ -94,8 +94,9 @@ class FactorMean(MeanRule):
         for layer in state.task.spec.layers if self.owners else ():
             held = 1 - change.pop(f"{layer.name}/lacks")
             share = np.divide(1, held, out=np.zeros_like(held), where=held > ROUNDING)
-            for name, x in ((n, change[n]) for n in (f"{layer.name}/{p}" for p in self.sent(state.task))):
-                change[name] = x * (share[:, None] if name.endswith("/a") else share)
+            for part in self.sent(state.task):
+                name = f"{layer.name}/{part}"
+                change[name] = change[name] * (share[:, None] if part == "a" else share)
         return state.next(state.adapter.moved(change))
 
     @override
@@ -105,8 +106,8 @@ class FactorMean(MeanRule):
         return frozen(state, rank)
 
 
-ROUNDING = 1e-9
-"""A share of holders below this is a sum's rounding: nobody holds the direction."""
+ROUNDING = 2**-30
+"""A share of holders up to this is a sum's rounding: nobody holds the direction."""
 
 
 def lacks(spec: Spec) -> Layout:

@@ -10,9 +10,10 @@ each round's b belongs to its own a.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 from typing_extensions import override
 
-from fedpeft.adapters import Layout, LowRank, Tensors, Update, orthogonal, stack
+from fedpeft.adapters import Array, Layout, LowRank, Tensors, Update, orthogonal, orthonormal, stack
 from fedpeft.rules.base import Broadcast, MeanRule, ServerState, Task
 from fedpeft.rules.fold import as_kept
 from fedpeft.rules.frozen import frozen
@@ -45,9 +46,16 @@ class FedSVD(MeanRule):
         layers: dict[str, LowRank] = {}
         for name, x in after.layers.items():
             left, right = stack([(1.0, x)])
-            layers[name] = as_kept(orthogonal(left, right, x.rank, x.scale, length=1.0), x)
+            layers[name] = as_kept(_completed(orthogonal(left, right, x.rank, x.scale, length=1.0), x.a), x)
         return state.next(replace(after, layers=layers))
 
     @override
     def send(self, state: ServerState, rank: int) -> Broadcast:
         return frozen(state, rank)
+
+
+def _completed(x: LowRank, a: Array) -> LowRank:
+    """The same ΔW, and every direction of ``a`` (R, k) in its own a: above rank d the product has fewer than it had."""
+    d = len(x.b)
+    more = orthonormal(a.T.astype(np.float64), x.a[:d].T).T
+    return replace(x, a=np.vstack([x.a[:d], more, x.a[d + len(more) :]]))

@@ -79,5 +79,5 @@ def _owned_product(encodings: Encodings, layer: Layer, held: LowRank) -> tuple[A
 
 
 def _even(u: Array, s: Array, vt: Array, layer: Layer) -> LowRank:
-    length = np.clip(np.sqrt(s / layer.scale), SHORTEST, None)
+    length = np.sqrt(s / layer.scale).clip(SHORTEST)
     return LowRank(length[:, None] * vt, u * (s / (length * layer.scale)), layer.scale).pad(layer.rank)

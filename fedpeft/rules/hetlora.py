@@ -6,17 +6,21 @@ has a larger ΔW. Sent: r(d + k) + r numbers a layer up, r_k(d + k) down. It nee
 multiplies its change by its own norm, and sends the norm beside each direction that it holds. So a clip on what
 it sends makes it count less, and does not bound what it does.
 The paper weighs by these norms alone, which is ``weighting.name = "uniform"`` here; others multiply them.
-Of its two parts of self-pruning this has the cut. The penalty on the last directions, which drives them to zero, is an
-objective of the client's; and a client that cut its rank is sent its full rank again in the next round.
+Self-pruning: a client of rank r adds λ · Σ ‖b[:, cut:]‖ · ‖a[cut:]‖ over the layers to its loss, with cut = ⌊gamma·r⌋.
+Where training has made this term of a layer smaller it leaves the tail out, keeps the rank that is left, and begins
+with that one whenever it is asked again, so that its rank never grows. The server is not told, and sends the full rank
+all the same. In the first round b is zero, and the term with it: nothing is cut.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 
 import numpy as np
 from typing_extensions import override
 
-from fedpeft.adapters import Array, Layout, LowRank, Tensors, Update
+from fedpeft.adapters import Adapter, Array, Layout, LowRank, Tensors, Update
 from fedpeft.rules.base import MeanRule, ServerState, Task
+from fedpeft.rules.objective import Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +28,38 @@ class HetLoRA(MeanRule):
     """Average factors with weights ‖ΔW‖, layer by layer; no client that lacks a direction has a say but zero.
 
     gamma: a client of rank r leaves out all but the first ⌊gamma · r⌋ directions (and at least one) of a layer whose
-    last ones, measured by ‖b‖·‖a‖, have shrunk in training; 1 never does.
+    last ones, measured by ‖b‖·‖a‖, have shrunk in training; 1 never does. penalty: λ; 0 leaves the loss as it is.
     """
 
     gamma: float = 0.99
+    penalty: float = 1e-3
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma: got {self.gamma}; want more than 0 and at most 1")
+        if not (isfinite(self.penalty) and self.penalty >= 0):
+            raise ValueError(f"penalty: got {self.penalty}; want 0 or more")
 
     @property
     @override
     def tells_factors(self) -> bool:
         return True
+
+    @override
+    def objective(self, task: Task, start: Adapter, own: Tensors) -> Objective:
+        cuts = {n: self._cut(x.rank) for n, x in start.layers.items()}
+        return Objective(self.penalty, {n: cut for n, cut in cuts.items() if cut < start.layers[n].rank})
+
+    @override
+    def begin(self, received: Adapter, own: Tensors) -> Adapter:
+        ranks = {n: int(own.get(f"{n}/rank", x.rank)) for n, x in received.layers.items()}
+        return replace(received, layers={n: x.cut(ranks[n]) for n, x in received.layers.items()})
+
+    @override
+    def keep(self, update: Update, task: Task, own: Tensors) -> Tensors:
+        left = {n: self._kept(update, n) for n in update.trained.layers}
+        cut = {f"{n}/rank": np.array(r, np.float64) for n, r in left.items() if r < update.trained.layers[n].rank}
+        return {**own, **cut}
 
     @override
     def layout(self, task: Task) -> Layout:
@@ -57,8 +80,12 @@ class HetLoRA(MeanRule):
 
     def _kept(self, update: Update, name: str) -> int:
         new, old = update.trained.layers[name], update.received.layers[name]
-        rank = max(1, int(self.gamma * new.rank))
+        rank = self._cut(new.rank)
         return rank if _size(new.rest(rank)) < _size(old.rest(rank)) else new.rank
+
+    def _cut(self, rank: int) -> int:
+        """Where the tail of a layer of this rank begins."""
+        return max(1, int(self.gamma * rank))
 
     @override
     def decode(self, mean: Tensors, state: ServerState) -> ServerState:

@@ -1,4 +1,9 @@
-"""The coordinate-wise median of the factors.  Source: Yin et al., arXiv:1803.01498, algorithm 1."""
+"""The coordinate-wise median of the factors.
+
+Source: Yin et al., arXiv:1803.01498, algorithm 1. Not exact, nor meant to be. Sent: R(d + k) numbers a layer up, as
+many down; the server sees each client. A client runs frozen what it can't train, and its change there is zero: a
+direction that less than half of the clients train has the median zero, and never moves.
+"""
 
 from dataclasses import dataclass
 

@@ -5,11 +5,13 @@ section 3 (Krum) and section 6 (multi-Krum).
 None is exact, nor meant to be; all count each client once, since a hostile one could claim any weight. Changes of both
 factors are compared and averaged as numbers, so a client must hold the server's factors: it runs frozen what it can't
 train, where its change is zero. Sent: R(d + k) numbers a layer up, as many down. The server sees each client.
-Where data differ much between clients, they throw out the unusual with the hostile.
+Where data differ much between clients, they throw out the unusual with the hostile. So they do where ranks differ: to
+a trimmed mean those zeros are the middle, and Krum finds the clients of the lowest rank nearest to one another, so that
+directions which few clients train hardly move, or not at all. Give all clients one rank where these rules are to learn.
 """
 
 from dataclasses import dataclass
-from math import floor
+from math import ceil, floor
 
 import numpy as np
 from typing_extensions import override
@@ -18,6 +20,9 @@ from fedpeft.adapters import Array
 from fedpeft.errors import ProtocolError
 from fedpeft.rules.base import ServerState
 from fedpeft.rules.each import Encodings, FactorList
+
+ALMOST = 1e-9
+"""What a share of a count of clients may be beside a whole number and be taken for it: 0.07 of 100 is 7, and not 8."""
 
 
 def _check_share(share: float) -> None:
@@ -40,7 +45,7 @@ class TrimmedMean(FactorList):
     @override
     def decode(self, encodings: Encodings, state: ServerState) -> ServerState:
         count = len(encodings)
-        out = min(-floor(-self.share * count + 1e-9), (count - 1) // 2)
+        out = min(ceil(self.share * count - ALMOST), (count - 1) // 2)
         change = {}
         for name, _ in self.layout(state.task).shapes:
             ordered = np.sort([x[name] for x, _ in encodings], axis=0)
@@ -67,18 +72,18 @@ class Krum(FactorList):
     def decode(self, encodings: Encodings, state: ServerState) -> ServerState:
         layout = self.layout(state.task)
         count = len(encodings)
-        hostile = floor(self.share * count + 1e-9)
+        hostile = floor(self.share * count + ALMOST)
         if hostile and count <= 2 * hostile + 2:
             raise ProtocolError(
                 f"too few answers for Krum: got {count}, of which {hostile} may be hostile (rule.share); "
                 f"want more than {2 * hostile + 2}"
             )
         vectors = [layout.flatten(x) for x, _ in encodings]
-        scores = _scores(vectors, max(0, count - hostile - 2))
-        best = np.argsort(scores, kind="stable")[: count - hostile if self.many else 1]
+        scores = _scores(vectors, count - hostile - 2)
+        best = sorted(range(count), key=scores.__getitem__)[: count - hostile if self.many else 1]
         return state.next(state.adapter.moved(layout.unflatten(np.mean([vectors[i] for i in best], axis=0))))
 
 
 def _scores(vectors: list[Array], neighbours: int) -> list[float]:
-    distances = [[float(np.sum((x - y) ** 2)) for y in vectors] for x in vectors]
+    distances = [[np.sum((x - y) ** 2) for y in vectors] for x in vectors]
     return [sum(sorted(row[:i] + row[i + 1 :])[:neighbours]) for i, row in enumerate(distances)]

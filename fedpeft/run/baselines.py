@@ -1,7 +1,7 @@
 """What a federation is compared with: no training, each client alone, and all rows in one place."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from fedpeft.rounds import Failed, Job, Metrics, Trainer, Trial, derive
 from fedpeft.run.node import Workshop
 from fedpeft.run.panel import panel
 from fedpeft.run.view import View
+from fedpeft.run.virtual import assigned
 from fedpeft.training.settings import Training
 
 
@@ -30,7 +31,9 @@ def measure(
     wanted = found.baselines
     count, clients = workshop.federation.clients, len(_clients(found, workshop))
     if clients < count and (wanted.local or wanted.base or wanted.central):
-        view.note(f"baselines are of {clients} clients, a sample of the {count:,} (evaluation.sample)")
+        sampled = count > found.evaluation.sample
+        which = f"a sample of the {count:,} (evaluation.sample)" if sampled else f"those of the {count:,} not hostile"
+        view.note(f"baselines are of {clients} clients, {which}")
     for name, asked, make in (
         ("base", wanted.base, _base),
         ("local", wanted.local, _local),
@@ -66,13 +69,14 @@ def _base(found: Experiment, workshop: Workshop, start: Adapter, view: View) -> 
 
 
 def _local(found: Experiment, workshop: Workshop, start: Adapter, view: View) -> BaselineRecord:
-    """Every client trains alone; central is the mean over the clients that could."""
+    """Every client trains alone, at its own rank; central is the mean over the clients that could."""
     clients = _clients(found, workshop)
     trainer = workshop.trainer.over(workshop.federation, alone(found, workshop.federation.clients))
     view.work("clients alone", len(clients))
     own: dict[int, Metrics] = {}
     central: list[Metrics] = []
-    for n, adapter in _trained(trainer, found, start, clients, view):
+    ranks = assigned(found, workshop)
+    for n, adapter in _trained(trainer, found, {n: start.cut(ranks(n, 0)) for n in clients}, view):
         own[n] = _score(trainer, Trial(n, "test", adapter), view)
         if _has_central(found, workshop):
             central.append(_score(trainer, Trial(None, "test", adapter), view))
@@ -94,7 +98,7 @@ def _central(found: Experiment, workshop: Workshop, start: Adapter, view: View) 
     trainer = workshop.trainer.over(pooled, together(found, whole.clients))
     clients = _clients(found, workshop)
     view.work("all rows in one place", len(clients) + 1)
-    for _, adapter in _trained(trainer, found, start, range(1), view):
+    for _, adapter in _trained(trainer, found, {0: start}, view):
         each = {n: _own(workshop, n, adapter, view) for n in clients}
         return BaselineRecord("central-training", _central_score(found, workshop, adapter, view), _known(each))
     return BaselineRecord("central-training")
@@ -106,10 +110,10 @@ def _clients(found: Experiment, workshop: Workshop) -> tuple[int, ...]:
 
 
 def _trained(
-    trainer: Trainer, found: Experiment, start: Adapter, clients: Iterable[int], view: View
+    trainer: Trainer, found: Experiment, starts: Mapping[int, Adapter], view: View
 ) -> Iterator[tuple[int, Adapter]]:
-    """Each client's trained adapter, but for those whose training failed."""
-    jobs = [Job(n, 0, derive(found.seed, "baseline", n), start) for n in clients]
+    """Each client's adapter, trained from its start, but for those whose training failed."""
+    jobs = [Job(n, 0, derive(found.seed, "baseline", n), start) for n, start in starts.items()]
     for job, result in zip(jobs, trainer.train_many(jobs), strict=True):
         if isinstance(result, Failed):
             view.note(f"left out of a baseline: {result.reason}")

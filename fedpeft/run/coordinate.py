@@ -1,7 +1,7 @@
 """The coordinator's loop: meet the nodes, drive round after round, evaluate, keep what it takes to go on."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -13,11 +13,9 @@ from fedpeft.report import FLEET, FinalRecord, Json, RoundRecord, RunFolder, Sco
 from fedpeft.rounds import ListRound, Metrics, Outcome, Round, SumRound
 from fedpeft.rules import ListRule, ServerState, Task
 from fedpeft.run.panel import panel
+from fedpeft.run.ranks import Assigned, check_clients, check_spec
 from fedpeft.run.view import View
 from fedpeft.run.virtual import flow_of, recall, remembered
-
-WHOLE = 1 << 30
-"""A rank that no layer reaches: the client holds all directions that the server does."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,13 +33,15 @@ class _Training:
 class Coordinator:
     """One run, on whatever carries the messages. Its state is in the folder, so that another process can go on.
 
-    time: the grid itself, where it has a clock of its own.
+    time: the grid itself, where it has a clock of its own; said: the ranks of clients that say their own, where that
+    is known before they are asked.
     """
 
     found: Experiment
     folder: RunFolder
     view: View
     time: VirtualGrid | None = None
+    said: Callable[[int], int | None] | None = None
 
     def run(self, grid: Grid, clients: int) -> Adapter:
         """Do all rounds that the last checkpoint leaves to be done; the adapter that training began with.
@@ -49,6 +49,7 @@ class Coordinator:
         Raises ProtocolError where the nodes do not suffice, or too many rounds in a row fail.
         """
         found = self.found
+        check_clients(found, clients)
         patience = found.selection.deadline
         clock, sleep = (time.monotonic, time.sleep) if self.time is None else (self.time.clock, self.time.sleep)
         registry = Registry(self.folder.path / FLEET)
@@ -69,7 +70,10 @@ class Coordinator:
             raise ProtocolError(f"too few nodes: got {len(fleet.nodes)}; want at least {least} of {clients}")
         if fleet.start is None:
             raise ProtocolError("no node gave the adapter to start from")
-        state, extras = self._begin(fleet.start)
+        check_spec(found, fleet.start.spec)
+        start, said = fleet.start, self.said or registry.rank
+        fleet = replace(fleet, rank=Assigned(found.ranks, clients, found.seed, said))
+        state, extras = self._begin(start)
         registry.rewind(state.task.round)
         flow = flow_of(found, fleet, state, lambda client, problem: self.view.advance())
         recall(self.time, flow, extras, self.folder.checkpoints)
@@ -85,7 +89,7 @@ class Coordinator:
                 )
         if history(self.folder.path).final is None:
             self._end(fleet, state)
-        return fleet.start
+        return start
 
     def _begin(self, start: Adapter) -> tuple[ServerState, Mapping[str, Json]]:
         """The state to go on from: the last checkpoint's, or else the start, which becomes the first checkpoint."""
@@ -136,6 +140,7 @@ class Coordinator:
             timeline=did.traffic.timeline if self.time is None else (),
             started=started,
             staleness=outcome.staleness if outcome else (),
+            exactness=outcome.exactness if outcome else None,
             simulated=self.time.clock() if self.time else None,
             visits=self.time.take_visits() if self.time else (),
         )
@@ -155,12 +160,19 @@ class Coordinator:
         resting = fleet.registry.since(number - found.selection.rest) if found.selection.rest else ()
         cohort = found.selection.choose(fleet.clients(), found.seed, number, fleet.known, resting)
         self.view.work(f"round {number + 1}: training", len(cohort))
-        round = self._open(state, cohort, fleet.known)
+        ranks = {client: fleet.rank(client, number) for client in cohort}
+        round = self._open(state, ranks, fleet.known)
         traffic = drive(fleet, round, found.selection.deadline, lambda client, problem: self.view.advance())
         refused = tuple(round.refused)
         try:
             outcome = round.result()
         except ProtocolError as error:
+            if number < found.rule.fewest_rounds - 1:
+                raise ProtocolError(
+                    f"round {number + 1}: {error}. {found.settings['rule']['name']} finds its directions in the first "
+                    f"{found.rule.fewest_rounds - 1} rounds, and none can be left out: resume the run, which begins "
+                    f"with this one (selection.quorum and selection.deadline are the limits)"
+                ) from error
             self.view.note(f"round {number + 1} is left out: {error}")
             return _Training(state.next(state.adapter), cohort, None, refused, traffic)
         return _Training(outcome.state, cohort, outcome, refused, traffic)
@@ -175,15 +187,20 @@ class Coordinator:
             return _Training(flow.buffer.state, asked, None, flow.buffer.take_refused(), traffic)
         return _Training(outcome.state, asked, outcome, outcome.refused, traffic)
 
-    def _open(self, state: ServerState, cohort: Sequence[int], clients: int) -> Round:
+    def _open(self, state: ServerState, ranks: Mapping[int, int], clients: int) -> Round:
         found = self.found
-        ranks = dict.fromkeys(cohort, WHOLE)
         quorum = found.selection.least(clients)
         enough = found.selection.wanted(clients) if found.selection.over else None
-        largest = found.weighting.largest
+        largest, measures = found.weighting.largest, found.evaluation.exactness
         if isinstance(found.rule, ListRule):
-            return ListRound(state, ranks, quorum, found.channel, enough, largest, rule=found.rule)
-        return SumRound(state, ranks, quorum, found.channel, enough, largest, rule=found.rule, optimiser=found.server)
+            return ListRound(state, ranks, quorum, found.channel, enough, largest, rule=found.rule, exactness=measures)
+        return SumRound(
+            *(state, ranks, quorum, found.channel, enough, largest),
+            rule=found.rule,
+            optimiser=found.server,
+            exactness=measures,
+            clients=clients,
+        )
 
     def _evaluate(self, fleet: Fleet, state: ServerState, part: Part, what: str) -> Evaluation:
         """The clients on their own rows, or as many as ``evaluation.sample`` of them, and one node on the central test
@@ -192,21 +209,24 @@ class Coordinator:
         own = panel(self.found, fleet.clients(), round) if self.found.evaluation.clients else ()
         asked: dict[int, list[Part]] = {c: [part] for c in own}
         central = fleet.central
-        if self.found.evaluation.central and central is not None and not self._is_personal(state):
+        is_shared = part != "tuned" and not self._is_personal(state)
+        if self.found.evaluation.central and central is not None and is_shared:
             asked.setdefault(central, []).append("central")
         self.view.work(what, len(asked))
         deadline = self.found.selection.deadline
-        return evaluate(
-            fleet, state, dict.fromkeys(asked, WHOLE), asked, deadline, lambda client, problem: self.view.advance()
-        )
+        last = max(0, state.task.round - 1)  # the round that is over, where ranks are drawn anew
+        ranks = {client: fleet.rank(client, last) for client in asked}
+        return evaluate(fleet, state, ranks, asked, deadline, lambda client, problem: self.view.advance())
 
     def _is_personal(self, state: ServerState) -> bool:
         """Whether the shared adapter is only a part of each client's, so that by itself it says nothing."""
         return bool(self.found.rule.personal(state.task.spec))
 
     def _end(self, fleet: Fleet, state: ServerState) -> None:
-        scores = self._evaluate(fleet, state, "test", "test")
-        for client, reason in scores.refused:
+        scores, tuned = self._evaluate(fleet, state, "test", "test"), None
+        if self.found.personal.finetune:
+            tuned = self._evaluate(fleet, state, "tuned", "each client for itself")
+        for client, reason in scores.refused + (tuned.refused if tuned else ()):
             self.view.note(f"client {client} could not be evaluated: {reason}")
         done = history(self.folder.path)
         self.folder.append(
@@ -215,9 +235,10 @@ class Coordinator:
                 central=_central(scores),
                 test=_clients(scores, "test"),
                 seconds=done.seconds,
-                adapter_digest=state.adapter.digest,
+                adapter_digest=state.digest,
                 bytes_up=done.bytes_up,
                 bytes_down=done.bytes_down,
+                tuned=_clients(tuned, "tuned"),
             )
         )
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fedpeft.config import read
+from fedpeft.errors import ConfigError
 from fedpeft.flower import Grid
 from fedpeft.report import write_report
 from fedpeft.run.coordinate import Coordinator
@@ -23,6 +24,10 @@ def serve_run(grid: Grid, run_config: Mapping[str, Scalar], root: Path = Path())
     changes = [x.strip() for x in str(run_config.get("changes", "")).split(";") if x.strip()]
     found = read(root / str(run_config["experiment"]), changes)
     path = Path(str(run_config.get("folder") or Path("runs") / found.name))
+    if found.simulation.hostile is not None:
+        raise ConfigError(
+            "simulation.hostile: is for `fedpeft run`, and these clients are nobody's to make hostile; leave it out"
+        )
     folder, found = opened(found, path, fresh=False, force=False, carried_by="flower")
     with folder.held():
         here = None if found.fleet.own_data else workshop(found.settings_json)

@@ -1,12 +1,23 @@
 """What a run would take, before it starts."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
+import numpy as np
+
+from fedpeft.adapters import Adapter, lasting
 from fedpeft.config import Experiment
+from fedpeft.config.ranks import largest_rank
 from fedpeft.errors import ConfigError
-from fedpeft.rules import ServerState, Task
-from fedpeft.run.node import workshop
+from fedpeft.flower.small import narrowed, narrowed_tail
+from fedpeft.rounds import WHOLE, answer_size
+from fedpeft.rules import Rule, ServerState, Task
+from fedpeft.run.node import without_data, workshop
 from fedpeft.run.outlook import Outlook, outlook
+from fedpeft.run.ranks import Assigned, check_clients, check_holders, check_spec
+from fedpeft.run.virtual import assigned
 
 ROUGHLY = 0.3
 """How far the memory that is foretold may be off."""
@@ -19,7 +30,9 @@ class Forecast:
     clients, cohort, least: of a round; rows: to train on, of all, the smallest and the largest client, from a
     sample where clients are very many; parameters: trained, and the base's; bytes: of one client and round up and
     down, and once; memory: of the process at its peak, and the machine's that is free, in bytes; together: clients
-    trained in one step, and refusal: why not more; outlook: of a run in simulated time.
+    trained in one step, and refusal: why not more; outlook: of a run in simulated time; ranks: (rank, clients) of what
+    clients train, where they differ, of ``told`` clients. Where each node has data of its own there are no rows to
+    tell of, and ranks that nodes say are not known.
     """
 
     clients: int
@@ -38,6 +51,26 @@ class Forecast:
     together: int = 1
     refusal: str = ""
     outlook: Outlook | None = None
+    ranks: tuple[tuple[int, int], ...] = ()
+    told: int = 0
+
+
+def fetches(rule: Rule, start: Adapter) -> Callable[[int], int]:
+    """Bytes that a client of a rank fetches in a round, without what travels once.
+
+    Of one in which b is no longer zero, and the rule is beyond what it begins with.
+    """
+    constant = rule.constant(start.spec)
+    moved = {f"{name}/b": np.ones_like(x.b) for name, x in start.layers.items()}
+    state = ServerState(Task(start.spec, rule.fewest_rounds - 1), start.put(moved))
+
+    @cache
+    def of(rank: int) -> int:
+        sent = rule.send(state, rank)
+        own = sum(x.nbytes for n, x in narrowed(sent.adapter).items() if n not in constant)
+        return own + sum(x.nbytes for x in narrowed_tail(sent.tail, sent.adapter).values())
+
+    return of
 
 
 def forecast(found: Experiment) -> Forecast:
@@ -48,23 +81,34 @@ def forecast(found: Experiment) -> Forecast:
     from fedpeft.training.environment import memory
     from fedpeft.training.memory import estimate
 
-    here = workshop(found.settings_json)
+    own_data, settings = found.fleet.own_data, found.settings_json
+    here = without_data(found) if own_data else workshop(settings)
     trainer = here.trainer
     start = trainer.start()
-    task = Task(start.spec)
+    task = Task(start.spec, found.rule.fewest_rounds - 1)
     state = ServerState(task, start)
-    up = (8 if found.channel.exact else 4) * (found.rule.layout(task).size + 5)
+    passes = [replace(task, pass_=n) for n in range(found.rule.passes)]
+    numbers = sum(answer_size(found.rule, x, found.evaluation.exactness) for x in passes)
+    up = (8 if found.channel.exact else 4) * numbers
     constant = found.rule.constant(start.spec)
-    sent = found.rule.send(state, 1 << 30).adapter.tensors()
-    down = sum(x.nbytes for n, x in sent.items() if n not in constant)
-    once = sum(x.nbytes for n, x in sent.items() if n in constant) + sum(x.nbytes for x in start.fixed.values())
-    clients = here.federation.clients
-    sizes = [here.federation.size(client).train for client in here.federation.some()]
+    sent, fetched = found.rule.send(state, WHOLE).adapter, fetches(found.rule, start)
+    once = sum(x.nbytes for n, x in sent.tensors().items() if n in constant)
+    once += sum(x.nbytes for x in lasting(sent).values())
+    clients = found.fleet.nodes or 0 if own_data else here.federation.clients
+    check_clients(found, clients)
+    check_spec(found, start.spec)
+    some = range(clients) if own_data else here.federation.some()
+    assign = Assigned(found.ranks, clients, found.seed, lambda _: None) if own_data else assigned(found, here)
+    ranks = [] if own_data and found.ranks.is_said else [min(assign(c, 0), largest_rank(found.adapter)) for c in some]
+    check_holders(found, ranks)
+    sizes = [] if own_data else [here.federation.size(client).train for client in some]
     base = sum(x.numel() for x in trainer.frozen.model.parameters())
     trained = sum(x.size for x in start.tensors().values())
     cohort = found.selection.wanted(clients)
     together = min(trainer.together, cohort)
-    training = replace(trainer.training, batch=min(trainer.training.batch, max(sizes)) * together)
+    training = replace(
+        trainer.training, batch=min([trainer.training.batch, *([max(sizes)] if sizes else [])]) * together
+    )
     peak, machine = estimate(trainer.frozen.model.config, base, start.spec, training), memory()
     if trainer.place.device.type == "cpu" and peak * (1 - ROUGHLY) > machine["total"]:
         raise ConfigError(
@@ -76,17 +120,19 @@ def forecast(found: Experiment) -> Forecast:
         clients=clients,
         cohort=cohort,
         least=found.selection.least(clients),
-        rows=round(sum(sizes) * clients / len(sizes)),
-        smallest=min(sizes),
-        largest=max(sizes),
+        rows=round(sum(sizes) * clients / len(sizes)) if sizes else 0,
+        smallest=min(sizes, default=0),
+        largest=max(sizes, default=0),
         parameters=trained,
         base_parameters=base - trained,
-        bytes_up=up * found.rule.passes,
-        bytes_down=down,
+        bytes_up=up,
+        bytes_down=round(sum(map(fetched, ranks)) / len(ranks)) if ranks else fetched(WHOLE),
         bytes_once=once,
         memory=peak,
         available=machine["available"],
         together=together,
         refusal=trainer.refusal,
-        outlook=outlook(found, here, float(down)) if found.simulation.devices else None,
+        outlook=None if own_data or not found.simulation.devices else outlook(found, here, fetched),
+        ranks=() if found.ranks.is_whole else tuple(sorted(Counter(ranks).items())),
+        told=len(ranks),
     )

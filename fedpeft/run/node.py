@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedpeft.config import Experiment, experiment
-from fedpeft.data import Federation, Table, federate, own
+from fedpeft.config.ranks import largest_rank
+from fedpeft.data import Federation, Source, Table, federate, own
 from fedpeft.errors import ConfigError, ProtocolError
 from fedpeft.flower import ClientStore, Counts, Participant
-from fedpeft.rounds import derive
+from fedpeft.rounds import Column, Tuning, derive
+from fedpeft.run.ranks import check_column, said_by_node
 from fedpeft.run.tables import table
 from fedpeft.training.environment import cache_folder, starting
 
@@ -45,6 +47,12 @@ class Workshop:
         trainer = CohortTrainer.load(found.model, found.adapter, found.training, self.federation, seed)
         return trainer.sized(found.simulation.group, usual(found.simulation.workers))
 
+    @cached_property
+    def tuner(self) -> "TorchTrainer":
+        """What trains each client for itself when the run is over, on the same base."""
+        settings = replace(self.trainer.training, epochs=self.found.personal.finetune, steps=None, prox=0.0)
+        return self.trainer.over(self.federation, settings)
+
     def counts(self, client: int) -> Counts:
         """How many rows a client has of each part. Raises ProtocolError for one that is not here."""
         federation = self.federation
@@ -69,12 +77,13 @@ def _workshop(settings_json: str, data: str | None, client: int) -> Workshop:
     found = experiment(json.loads(settings_json))
     if data is not None:
         return Workshop(
-            found, own(table(replace(found.data, name=data)), found.split, found.seed, client, found.data.examples)
+            found,
+            own(_rows(found, replace(found.data, name=data)), found.split, found.seed, client, found.data.examples),
         )
     if found.fleet.own_data:
         raise ConfigError('data: fleet.own_data is set, and this node\'s config has no data; want data = "FILE" in it')
     with starting():
-        federation = federate(table(found.data), found.partition, found.split, found.seed, found.data.examples)
+        federation = federate(_rows(found, found.data), found.partition, found.split, found.seed, found.data.examples)
     missing = federation.missing_classes()
     if missing:
         raise ConfigError(
@@ -82,6 +91,13 @@ def _workshop(settings_json: str, data: str | None, client: int) -> Workshop:
             f"use more rows (data.examples), another seed, or rows without these classes"
         )
     return Workshop(found, federation)
+
+
+def _rows(found: Experiment, source: Source) -> Table:
+    """The data set, with the column of ranks where these are in it."""
+    rows = table(source, found.ranks.column if isinstance(found.ranks, Column) else "")
+    check_column(found.ranks, largest_rank(found.adapter), rows.ranks)
+    return rows
 
 
 def without_data(found: Experiment) -> Workshop:
@@ -98,8 +114,9 @@ def without_data(found: Experiment) -> Workshop:
 def participant(settings_json: str, node_config: Mapping[str, Scalar]) -> Participant:
     """What serves the coordinator's messages on this node.
 
-    node_config: "partition-id", the client's number; "data", a data set of its own; "state", a folder for
-    what the client keeps between messages (in the cache folder, by run, if not given).
+    node_config: "partition-id", the client's number; "data", a data set of its own; "rank", how many directions it
+    trains, or "memory", bytes or such as "512MB" that training may take, where the experiment's ranks are for clients
+    to say; "state", a folder for what the client keeps between messages (in the cache folder, by run, if not given).
     """
     data = node_config.get("data")
     number = int(node_config.get("partition-id", 0))
@@ -113,7 +130,11 @@ def participant(settings_json: str, node_config: Mapping[str, Scalar]) -> Partic
         seed=found.seed,
         store=ClientStore(_state(found, node_config)),
         examples=here.counts,
+        rank=lambda client: said_by_node(here, node_config, client),
         holds_central=found.evaluation.central and len(here.federation.central) > 0,
+        exactness=found.evaluation.exactness,
+        tuning=Tuning(found.personal.dual, found.personal.mix) if found.personal.finetune else None,
+        tuner=lambda: here.tuner,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from fedpeft.config import Experiment
 from fedpeft.rounds import Buffered, Errand, Population, Visit, derive, draw
 from fedpeft.run.node import Workshop
-from fedpeft.run.virtual import Work, population
+from fedpeft.run.virtual import Work, assigned, population
 
 _ROUNDS = 20
 
@@ -46,13 +46,13 @@ class Outlook:
         return [*told, ("simulated", f"about {self.round_seconds:,.0f} seconds a round or step")]
 
 
-def outlook(found: Experiment, here: Workshop, down: float) -> Outlook:
-    """The outlook of a simulated run over its first 20 rounds. down: bytes that a client fetches in one."""
-    people, work = population(found, here), Work(found, here)
+def outlook(found: Experiment, here: Workshop, down: Callable[[int], float]) -> Outlook:
+    """The outlook of a simulated run over its first 20 rounds. down: bytes that a client of a rank fetches in one."""
+    people, work, ranks = population(found, here), Work(found, here), assigned(found, here)
     clients = here.federation.clients
 
     def errand(client: int) -> Errand:
-        return work.errand(people, client, 0, 0, down)
+        return work.errand(people, client, 0, 0, down(ranks(client, 0)))
 
     paces = []
     for kind, name in enumerate(people.names):

@@ -15,16 +15,19 @@ import tomli_w
 
 from fedpeft import __version__
 from fedpeft.config import Experiment, experiment
+from fedpeft.config.ranks import largest_rank
 from fedpeft.errors import ConfigError, DataError
-from fedpeft.flower import ClientStore, in_process, under
+from fedpeft.flower import ClientStore, in_process, under, with_own
 from fedpeft.report import ClientData, RunFolder, RunRecord, history, write_report
 from fedpeft.rounds import Buffered
 from fedpeft.run.baselines import measure
 from fedpeft.run.coordinate import Coordinator
-from fedpeft.run.node import Workshop, participant, without_data, workshop
-from fedpeft.run.panel import panel
+from fedpeft.run.hostile import is_hostile, simulated
+from fedpeft.run.node import Workshop, without_data, workshop
+from fedpeft.run.panel import panel, sample
+from fedpeft.run.ranks import Assigned, check_clients, check_holders
 from fedpeft.run.view import View
-from fedpeft.run.virtual import population, virtual_grid
+from fedpeft.run.virtual import assigned, population, virtual_grid
 
 _PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "safetensors")
 
@@ -48,17 +51,21 @@ def simulate(
     folder, found = opened(found, path, fresh, force)
     with folder.held():
         here = workshop(found.settings_json)
-        record(folder, found, here)
+        clients = here.federation.clients
+        ranks = assigned(found, here)
+        check_clients(found, clients)
+        check_holders(found, [ranks(client, 0) for client in here.federation.some()])
+        said = ranks.said if found.ranks.is_said else None
+        record(folder, found, here, ranks)
         if here.trainer.refusal:
             method = found.adapter.method
             view.note(f"clients train one after another: {method} can't be for many at once: {here.trainer.refusal}")
-        clients = here.federation.clients
         if found.simulation.devices:
             time_grid = virtual_grid(found, here, path / "clients")
-            start = Coordinator(_patient(found), folder, view, time_grid).run(time_grid, clients)
+            start = Coordinator(_patient(found), folder, view, time_grid, said).run(time_grid, clients)
         else:
-            grid = in_process(participant, clients, {"state": str(path / "clients")})
-            start = Coordinator(_patient(found), folder, view).run(grid, clients)
+            grid = in_process(simulated, clients, {"state": str(path / "clients")})
+            start = Coordinator(_patient(found), folder, view, said=said).run(grid, clients)
         finish(folder, here)
         if baselines:
             for baseline in measure(found, here, start, view, frozenset(history(path).baselines)):
@@ -124,19 +131,24 @@ def _lock(path: Path) -> dict[str, Any]:
         raise DataError(f"{path / 'config.lock.toml'}: damaged: {error}; restore it, or start the run anew") from error
 
 
-def record(folder: RunFolder, found: Experiment, here: Workshop | None) -> None:
+def record(folder: RunFolder, found: Experiment, here: Workshop | None, ranks: Assigned | None = None) -> None:
     """What was run, written once; without ``here`` the clients' data is theirs to know, and of very many clients it
-    is told for those with which the run is evaluated at the end."""
+    is told for those with which the run is evaluated at the end. ranks: of a simulated run's clients.
+    """
     if history(folder.path).run.settings:
         return
     clients: dict[int, ClientData] = {}
     people = population(found, here) if here is not None and found.simulation.devices else None
     if here is not None:
-        told = here.federation.summary(panel(found, range(here.federation.clients)))
+        count, largest = here.federation.clients, largest_rank(found.adapter)
+        told = here.federation.summary(sample(found, range(count)))
         for row in told["clients"]:
             labels = dict(zip(here.federation.table.classes, row["labels"], strict=False))
-            device = people.name(row["client"]) if people is not None else ""
-            clients[row["client"]] = ClientData(row["train"], labels, device)
+            client = row["client"]
+            device = people.name(client) if people is not None else ""
+            has_rank = ranks is not None and not found.ranks.is_whole and not found.ranks.changes
+            rank = min(largest, ranks(client, 0)) if ranks is not None and has_rank else None
+            clients[client] = ClientData(row["train"], labels, device, rank, is_hostile(found, client, count))
     task = found.data.task if here is None else here.federation.table.task
     command = shlex.join(["fedpeft", *sys.argv[1:]])
     folder.append(
@@ -166,13 +178,13 @@ def finish(folder: RunFolder, here: Workshop) -> None:
     bridge = here.trainer.bridge
     state = folder.checkpoints.load().state
     bridge.write(state.adapter)
-    export_peft(bridge, folder.path / "adapter")
+    export_peft(bridge, folder.path / "adapter", tail=state.tail)
     personal = here.found.rule.personal(state.task.spec)
     store = ClientStore(folder.path / "clients")
     for client in panel(here.found, range(here.federation.clients)) if personal else ():
         kept = under(store.load(client, state.task.round) or {}, "personal/")
-        bridge.write(state.adapter.put({n: x for n, x in kept.items() if n in personal}))
-        export_peft(bridge, folder.path / "adapter" / f"client-{client:06d}")
+        bridge.write(with_own(state.adapter, kept, personal))
+        export_peft(bridge, folder.path / "adapter" / f"client-{client:06d}", tail=state.tail)
     write_report(folder.path)
 
 
@@ -183,10 +195,11 @@ def export_run(path: Path, to: str, out: Path | None) -> Path:
     folder = RunFolder.open(path)
     found = stored(path)
     bridge = (without_data(found) if found.fleet.own_data else workshop(found.settings_json)).trainer.bridge
-    bridge.write(folder.checkpoints.load().state.adapter)
+    state = folder.checkpoints.load().state
+    bridge.write(state.adapter)
     target = out or path / {"peft": "adapter", "merged": "merged"}[to]
     if to == "merged":
-        export.export_merged(bridge, target)
+        export.export_merged(bridge, target, tail=state.tail)
     else:
-        export.export_peft(bridge, target)
+        export.export_peft(bridge, target, tail=state.tail)
     return target

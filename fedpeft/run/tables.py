@@ -20,14 +20,14 @@ KEPT = ("chitchat", "fortunes", "wiki11", "wordnet")
 _FORMAT = 1  # of the files, and of how the sets are read: raise it when either changes
 
 
-def table(source: Source) -> Table:
+def table(source: Source, ranks: str = "") -> Table:
     """``data.load``, but a packaged set of texts comes from the cache folder, where its first load puts it.
 
     A set whose files have other times or sizes is read anew, and so is a damaged file of the cache; a cache that can't
-    be written is not an error. Errors are those of ``load``.
+    be written is not an error. Errors, and ``ranks``, are those of ``load``.
     """
-    if source.name not in KEPT:
-        return load(source)
+    if source.name not in KEPT or ranks:
+        return load(source, ranks)
     source = replace(source, examples=None)
     try:
         where = locate(source.name)

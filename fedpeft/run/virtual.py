@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -10,9 +9,23 @@ from fedpeft.config import Experiment
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.flower import Fleet, Flow, OnReply, VirtualGrid, virtual
 from fedpeft.report import Checkpoints, Json
-from fedpeft.rounds import Availability, Buffer, Buffered, Errand, Population, every, populate, trained_rows
+from fedpeft.rounds import (
+    Availability,
+    Buffer,
+    Buffered,
+    Errand,
+    Memory,
+    Population,
+    answer_size,
+    every,
+    populate,
+    trained_rows,
+)
 from fedpeft.rules import MeanRule, ServerState, Task
-from fedpeft.run.node import Workshop, participant
+from fedpeft.run.hostile import simulated
+from fedpeft.run.needs import Needs
+from fedpeft.run.node import Workshop
+from fedpeft.run.ranks import Assigned, rank_in
 
 
 def virtual_grid(found: Experiment, here: Workshop, state: Path) -> VirtualGrid:
@@ -24,9 +37,7 @@ def virtual_grid(found: Experiment, here: Workshop, state: Path) -> VirtualGrid:
         return x.tokens, x.up, x.problem
 
     one_by_one = found.simulation.engine == "loop"
-    return virtual(
-        participant, here.federation.clients, {"state": str(state)}, people, errand, 1 if one_by_one else None
-    )
+    return virtual(simulated, here.federation.clients, {"state": str(state)}, people, errand, 1 if one_by_one else None)
 
 
 def population(found: Experiment, here: Workshop) -> Population:
@@ -34,6 +45,28 @@ def population(found: Experiment, here: Workshop) -> Population:
     devices = found.simulation.devices
     traces = {name: read_trace(Path(x.trace)) for name, x in devices.items() if x.trace is not None}
     return populate(devices, here.federation.clients, matrix_parameters(here), found.seed, traces)
+
+
+def assigned(found: Experiment, here: Workshop) -> Assigned:
+    """The rank of each client of a simulated run. Raises ConfigError where it can't be known."""
+
+    def in_rows(client: int) -> int:
+        return rank_in(here.federation, client)
+
+    ranks = found.ranks
+    if not isinstance(ranks, Memory):
+        return Assigned(ranks, here.federation.clients, found.seed, in_rows)
+    if not found.simulation.devices:
+        raise ConfigError(
+            "ranks.name: got 'memory' in a simulation where no device has any; want [simulation.devices.NAME], such as "
+            "[simulation.devices.phone], or ranks.name = 'levels'"
+        )
+    people, needs = population(found, here), Needs(here.trainer)
+
+    def fitting(client: int) -> int:
+        return needs.fitting(ranks.levels, here.counts(client).train, people.device(client).bytes_memory)
+
+    return Assigned(ranks, here.federation.clients, found.seed, cache(fitting))
 
 
 def matrix_parameters(here: Workshop) -> int:
@@ -47,24 +80,18 @@ class Work:
     """What a client has to do in a round, which is known before it is done."""
 
     def __init__(self, found: Experiment, here: Workshop) -> None:
-        from fedpeft.training.memory import estimate
-
         self._found, self._here = found, here
         spec = here.trainer.start().spec
         self._spec = spec
         self.tokens = cache(self._tokens)
         self._up = cache(self._bytes_up)
-        model = here.trainer.frozen.model
-        size = sum(x.numel() for x in model.parameters())
-        self._estimate = cache(
-            lambda batch: estimate(model.config, size, spec, replace(here.trainer.training, batch=batch))
-        )
+        self._rank, self._needs = assigned(found, here), Needs(here.trainer)
 
     def errand(self, people: Population, client: int, round: int, pass_: int, down: float = 0.0) -> Errand:
         """What a message of this round and pass asks of a client: later passes take no training."""
         tokens = self.tokens(client) if pass_ == 0 else 0.0
         rows = self._here.counts(client).train
-        needs = self._estimate(min(self._found.training.batch, max(rows, 1)))
+        needs = self._needs.of(rows, self._rank(client, round))
         holds, name = people.device(client).bytes_memory, people.name(client)
         problem = ""
         if needs > holds:
@@ -92,8 +119,8 @@ class Work:
         return int((self._found.training.image_size or pixels.size) // pixels.patch) ** 2 + 1
 
     def _bytes_up(self, round: int, pass_: int) -> float:
-        size = self._found.rule.layout(Task(self._spec, round, pass_)).size
-        return float((8 if self._found.channel.exact else 4) * (size + 5))
+        size = answer_size(self._found.rule, Task(self._spec, round, pass_), self._found.evaluation.exactness)
+        return float((8 if self._found.channel.exact else 4) * size)
 
 
 def read_trace(path: Path) -> Sequence[Availability]:
@@ -131,7 +158,16 @@ def flow_of(found: Experiment, fleet: Fleet, state: ServerState, on_reply: OnRep
         raise ConfigError(
             f"schedule.buffer: got {found.schedule.buffer}; want at most the number of clients, {fleet.known}"
         )
-    buffer = Buffer(state, found.rule, found.schedule, found.server, found.channel, found.weighting.largest)
+    buffer = Buffer(
+        state,
+        found.rule,
+        found.schedule,
+        found.server,
+        found.channel,
+        found.weighting.largest,
+        fleet.rank,
+        exactness=found.evaluation.exactness,
+    )
     return Flow(fleet, buffer, found.seed, found.selection.deadline, on_reply)
 
 

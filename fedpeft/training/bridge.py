@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedpeft.adapters import Adapter, LowRank, Spec
+from fedpeft.adapters import Adapter, LowRank, Spec, drawn
 from fedpeft.errors import ConfigError
 from fedpeft.training.methods import Method, TaskName
 from fedpeft.training.targets import settle
@@ -135,8 +135,8 @@ class Bridge:
         if adapter.fixed is not self._fixed:
             self._check_fixed(adapter)
             with torch.no_grad():
-                for name, drawn in self._drawn.items():
-                    drawn.copy_(_tensor(adapter.fixed[name]))
+                for name, x in self._drawn.items():
+                    x.copy_(_tensor(adapter.fixed[name]))
             self._fixed = adapter.fixed
 
     def padded(self, adapter: Adapter) -> Adapter:
@@ -179,9 +179,8 @@ class Bridge:
         _need_same(_shape(adapter.spec, ranks), want)
 
     def _check_fixed(self, adapter: Adapter) -> None:
-        got, want = (
-            {f"fixed/{n}": f"{x.shape} of {x.dtype}" for n, x in f.items()} for f in (adapter.fixed, self._fixed)
-        )
+        got = {f"fixed/{n}": f"{x.shape} of {x.dtype}" for n, x in drawn(adapter).items()}
+        want = {f"fixed/{n}": f"{tuple(x.shape)} of {_copied(x).dtype}" for n, x in self._drawn.items()}
         _need_same(got, want)
 
 

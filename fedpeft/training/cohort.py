@@ -8,6 +8,7 @@ from typing import Self
 
 from typing_extensions import override
 
+from fedpeft.adapters import CORES, bases, drawn
 from fedpeft.rounds import Done, Failed, Job, Metrics, Trial
 from fedpeft.training.agreement import disagreement
 from fedpeft.training.crew import Crew
@@ -142,5 +143,6 @@ class CohortTrainer(TorchTrainer):
 
 
 def _kind(job: Job) -> tuple[object, ...]:
-    """Jobs of one kind can share a pass: they train the same factors of one method, beside paths of the same layers."""
-    return job.trains, tuple((n, id(x)) for n, x in job.start.fixed.items()), tuple(job.tail)
+    """Jobs of one kind can share a pass: they train the same factors of one method."""
+    drawn_once = tuple((n, id(x)) for n, x in drawn(job.start).items())
+    return job.trains, drawn_once, tuple(bases(job.start)) if job.trains in CORES else ()

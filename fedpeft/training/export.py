@@ -3,7 +3,9 @@
 import copy
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from peft import PeftModel, PrefixTuningConfig
@@ -13,10 +15,12 @@ from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fedpeft.adapters import LowRank
 from fedpeft.errors import ConfigError
 from fedpeft.training.bridge import Bridge
 from fedpeft.training.methods import TaskName
 from fedpeft.training.refusals import MERGES
+from fedpeft.training.tails import joined
 
 _CLASSES = {
     "classify": "AutoModelForSequenceClassification",
@@ -25,13 +29,15 @@ _CLASSES = {
 }
 _ERRORS = (ValueError, NotImplementedError, AttributeError, RuntimeError, TypeError)
 
+NO_TAIL: Mapping[str, LowRank] = MappingProxyType({})
 TOLERANCE = 1e-4
 """How far a merged model's logits may be off, as a share of the largest: rounding, with room to spare."""
 
 
-def export_peft(bridge: Bridge, folder: Path, origin: str | None = None) -> None:
+def export_peft(bridge: Bridge, folder: Path, origin: str | None = None, tail: Mapping[str, LowRank] = NO_TAIL) -> None:
     """Write the adapter, a new head with it, in Hugging Face peft format, with a README that says how to load it.
 
+    tail: low-rank layers that the model runs beside the adapter: each is joined with it in one LoRA of both ranks.
     origin: what the base is loaded from by whoever loads the adapter; without it, what it was loaded
     from here. Beside adapter_model.safetensors and adapter_config.json there is labels.json, the
     classes' names in order, where the task has classes.
@@ -46,7 +52,7 @@ def export_peft(bridge: Bridge, folder: Path, origin: str | None = None) -> None
         saved.prefix_projection = False
     bridge.model.peft_config["default"] = saved
     try:
-        with warnings.catch_warnings():
+        with joined(bridge.model, tail), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*invalid shape", PeftWarning)  # It takes lora_bias for a broken shard.
             # No embedding is ever resized here, so none need be saved; peft would ask the hub to be sure.
             bridge.model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -58,9 +64,15 @@ def export_peft(bridge: Bridge, folder: Path, origin: str | None = None) -> None
     (folder / "README.md").write_text(_readme(bridge, origin, labels), encoding="utf-8")
 
 
-def export_merged(bridge: Bridge, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> float:
+def export_merged(
+    bridge: Bridge,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tail: Mapping[str, LowRank] = NO_TAIL,
+) -> float:
     """Write base and adapter as one plain transformers folder, load it again, and return how far its logits are off.
 
+    tail: low-rank layers that the model runs beside the adapter, which are merged with it.
     The bridge's model isn't changed: merging works on a copy in fp32, which is what is written.
     Raises ConfigError where the method's update is no change of weights, or where the loaded model's
     logits differ by more than 1e-4 of their largest from the adapter's (both of a small fixed batch).
@@ -69,7 +81,8 @@ def export_merged(bridge: Bridge, folder: Path, tokenizer: PreTrainedTokenizerBa
     if name in MERGES:
         raise ConfigError(f"adapter.method: {name} can't be merged: {MERGES[name]}; export to peft instead")
     probe = _probe(bridge.task, bridge.model)
-    twin = copy.deepcopy(bridge.model).float().eval()
+    with joined(bridge.model, tail):
+        twin = copy.deepcopy(bridge.model).float().eval()
     want = _logits(twin, probe)
     is_tied = _untie(twin)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,23 +1,28 @@
 """Many clients on one base model in memory: lent to one client after another."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import groupby
 from typing import Self, cast, get_args
 
-from fedpeft.adapters import Adapter
+from torch import nn
+
+from fedpeft.adapters import CORES, Adapter
 from fedpeft.data import Federation, Part
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import Done, Failed, Job, Metrics, Trial
 from fedpeft.training.bases import Base, load_base, place_for
 from fedpeft.training.bridge import Bridge, shape_fingerprint
+from fedpeft.training.cores import Core, cores, put_back
 from fedpeft.training.devices import Place
 from fedpeft.training.evaluate import measure_each
 from fedpeft.training.methods import Method
+from fedpeft.training.objectives import Extra, shifts
 from fedpeft.training.packaged import Progress
 from fedpeft.training.settings import Model, Training
-from fedpeft.training.steps import fit
+from fedpeft.training.steps import fit, travel
 from fedpeft.training.tails import beside
 from fedpeft.training.token_files import kept
 from fedpeft.training.tokens import Encoded, Store
@@ -147,11 +152,26 @@ class TorchTrainer:
 
     def _train(self, job: Job) -> Done:
         rows = self.rows(job.client, "train")
+        model, device = self.bridge.model, self.place.device
         self.bridge.write(job.start)
-        parameters = self.bridge.trainable(job.trains)
-        with beside(self.bridge.model, job.tail, self.place.device):
-            metrics = fit(self.bridge.model, parameters, self.frozen, rows, self.training, job.seed, self.place)
-        return Done(self.bridge.read(job.start), metrics)
+        with ExitStack() as around:
+            found: Mapping[str, Core] = {}
+            if job.trains in CORES:
+                parameters, found = around.enter_context(cores(self.bridge, job.start, job.trains, device))
+            else:
+                parameters = self.bridge.trainable(job.trains)
+            around.enter_context(beside(model, job.tail, device))
+            extra = self._extra(job, parameters)
+            metrics = fit(model, parameters, self.frozen, rows, self.training, job.seed, self.place, extra)
+        trained = put_back(job.start, self.bridge.read(job.start), found)
+        return Done(trained, metrics, travel=travel(self.training, len(rows)))
+
+    def _extra(self, job: Job, parameters: Mapping[str, nn.Parameter]) -> Extra:
+        """What the job's rule adds to the loss of these parameters."""
+        if not job.objective.shift:
+            return Extra.of(job.objective, parameters, {})
+        whole = self.bridge.padded(shifts(job.start, job.objective.shift)).tensors()
+        return Extra.of(job.objective, parameters, {n: whole[n] for n in parameters})
 
 
 def _cut(trials: Sequence[Trial], size: int) -> Iterator[Sequence[Trial]]:

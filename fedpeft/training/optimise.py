@@ -16,7 +16,8 @@ class RowOptimiser:
     """Values (clients, n) in fp32 and what it takes to train them; a step of some rows leaves the others alone.
 
     Each row's arithmetic is that of ``torch.optim.AdamW`` or ``SGD``, of ``clip_grad_norm_``, and of FedProx's
-    term towards the row's first values, as for one client by itself.
+    term towards the row's first values, as for one client by itself. A row's shift is added to its gradients once they
+    are clipped.
     """
 
     values: Tensor
@@ -24,6 +25,7 @@ class RowOptimiser:
     _start: Tensor | None = field(init=False)
     _first: Tensor | None = field(init=False)
     _second: Tensor | None = field(init=False)
+    _shift: Tensor | None = field(init=False, default=None)
     _steps: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -33,7 +35,7 @@ class RowOptimiser:
         self._second = torch.zeros_like(self.values) if adam else None
         self._steps = torch.zeros(len(self.values), 1, dtype=torch.float64)  # in main memory: not all devices have it
 
-    def begin(self, row: int, values: Tensor) -> None:
+    def begin(self, row: int, values: Tensor, shift: Tensor | None = None) -> None:
         """Give a row to another client."""
         self.values[row] = values
         self._steps[row] = 0
@@ -42,6 +44,10 @@ class RowOptimiser:
         for x in (self._first, self._second):
             if x is not None:
                 x[row] = 0
+        if shift is not None and self._shift is None:
+            self._shift = torch.zeros_like(self.values)
+        if self._shift is not None:
+            self._shift[row] = 0 if shift is None else shift
 
     def step(self, rows: Tensor, gradients: Tensor) -> None:
         """One step of the given rows (k,) along their gradients (k, n), which may be changed in place."""
@@ -52,6 +58,8 @@ class RowOptimiser:
         if training.clip is not None:
             norms = torch.linalg.vector_norm(g, dim=1, keepdim=True)
             g = g * (training.clip / (norms + _NORM_EPSILON)).clamp(max=1.0)
+        if self._shift is not None:
+            g = g + self._shift[rows]
         self._steps[rows.cpu()] += 1
         if training.optimiser == "adamw":
             self._adamw(rows, values, g)

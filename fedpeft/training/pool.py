@@ -15,12 +15,13 @@ from fedpeft.data import Rows
 from fedpeft.rounds import Done, Failed, Job, Metrics
 from fedpeft.training.bases import Base
 from fedpeft.training.batches import Batch, collate
+from fedpeft.training.cores import CoreRows
 from fedpeft.training.devices import Place
 from fedpeft.training.members import Members
 from fedpeft.training.objectives import predictions
 from fedpeft.training.settings import Training
 from fedpeft.training.stack import Stack
-from fedpeft.training.steps import diverged, groups, in_training
+from fedpeft.training.steps import diverged, groups, in_training, travel
 from fedpeft.training.tokens import Encoded
 from fedpeft.training.turns import Turn, choose
 
@@ -90,20 +91,22 @@ class Pool:
     def train(self, members: Sequence[Member]) -> Iterator[tuple[int, Done | Failed]]:
         """Train all, and give each one's number and result as it is done; one that fails stops nobody else.
 
-        All jobs must train the same factors, and have frozen paths beside the same layers. At any time twice
+        All jobs must train the same factors. At any time twice
         ``group`` of them have their state in memory.
         """
         if not members:
             return
         first, window = members[0].job, min(len(members), 2 * self.group)
-        state = Members.room(self.stack, self.training, self.place, first.trains, window)
+        rows = CoreRows.of(self.stack.bridge, [m.job for m in members], window, self.place.device)
+        state = Members.room(self.stack, self.training, self.place, first.trains, window, rows)
         state.tails = Members.tails_of([m.job for m in members], window, self.place)
         free, queue = deque(range(window)), deque(members)
         inside: list[Member] = []
         draws = np.random.default_rng(first.seed)
         while inside or queue:
             ended: list[tuple[Member, Done | Failed]] = []
-            with self._around(first, int(draws.integers(2**63))):  # and not around what is done with the results
+            # Around the passes, and not around what is done with the results:
+            with self._around(first, tuple(state.tails), int(draws.integers(2**63))):
                 while not ended:
                     while free and queue:
                         member = queue.popleft()
@@ -117,14 +120,14 @@ class Pool:
             yield from ((member.number, result) for member, result in ended)
 
     @contextmanager
-    def _around(self, first: Job, seed: int) -> Iterator[None]:
+    def _around(self, first: Job, tails: Sequence[str], seed: int) -> Iterator[None]:
         """The context of passes: of the model, nothing but its fixed tensors outlasts it."""
         self.stack.bridge.write_fixed(first.start)
         with ExitStack() as around:
             around.enter_context(self.place.seeded(seed))
             around.enter_context(in_training(self.stack.bridge.model))
             around.enter_context(self.base.recomputing(self.training.checkpointing))
-            around.enter_context(self.stack.running(tuple(first.tail)))
+            around.enter_context(self.stack.running(tails))
             yield
 
     def _turn(self, state: Members, inside: Sequence[Member]) -> list[tuple[Member, Done | Failed]]:
@@ -134,7 +137,7 @@ class Pool:
         return [
             (m, Failed(f"client {m.job.client}: {failed[m.number]}"))
             if m.number in failed
-            else (m, Done(state.adapter(m.row, m.job.start), m.metrics))
+            else (m, Done(state.adapter(m.row, m.job.start), m.metrics, travel=travel(self.training, len(m.rows))))
             for m in inside
             if m.number in failed or m not in going
         ]

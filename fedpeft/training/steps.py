@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
-from math import isfinite
+from math import ceil, isfinite
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from fedpeft.rounds import Metrics
 from fedpeft.training.bases import Base
 from fedpeft.training.batches import Batch, collate, order
 from fedpeft.training.devices import Place
-from fedpeft.training.objectives import Proximal, cross_entropy, predictions, right
+from fedpeft.training.objectives import Extra, Proximal, cross_entropy, predictions, right
 from fedpeft.training.settings import Training
 from fedpeft.training.tokens import Encoded
 
@@ -27,8 +27,11 @@ def fit(
     training: Training,
     seed: int,
     place: Place,
+    extra: Extra,
 ) -> Metrics:
     """Train the named parameters of a model on a client's rows, in place; the sums over all steps.
+
+    extra: what a rule adds to the loss; losses are without it.
 
     A step's gradient is of the mean loss over all units (labels, target tokens) of its ``accumulate``
     batches, so that how they are cut makes no difference. The result depends on nothing but the arguments.
@@ -49,8 +52,10 @@ def fit(
                 done += _backward(model, base.head, batch, units, number, place)
             if training.prox:
                 Proximal(training.prox)(chosen, start).backward()  # type: ignore[no-untyped-call]  # torch's own
+            extra.penalise()
             if training.clip is not None:
                 torch.nn.utils.clip_grad_norm_(chosen, training.clip)
+            extra.shift()
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
     return done
@@ -61,6 +66,17 @@ def need_rows(rows: Encoded) -> None:
     if not len(rows):
         left_out = f": all {rows.dropped} were cut before their reply; raise training.length" if rows.dropped else ""
         raise ValueError(f"no rows to train on{left_out}")
+
+
+def travel(training: Training, rows: int) -> float:
+    """What the gradients of a client with so many rows are multiplied with in all, as ``adapters.Update`` has it.
+
+    With SGD's momentum m the gradient of step j of K moves the values by lr · (1 + m + … + m^(K−j)). AdamW: 0.
+    """
+    if training.optimiser != "sgd":
+        return 0.0
+    steps = training.steps or training.epochs * ceil(ceil(rows / training.batch) / training.accumulate)
+    return training.lr * sum((1 - training.momentum**j) / (1 - training.momentum) for j in range(1, steps + 1))
 
 
 def _backward(model: nn.Module, head: nn.Module | None, batch: Batch, units: int, number: int, place: Place) -> Metrics:

@@ -76,6 +76,10 @@ def test_the_settings_that_are_written_make_the_same_experiment():
             "rule.name: rolora averages other factors in other rounds",
         ),
         (
+            '[schedule]\nname = "buffered"\n[rule]\nname = "lora_a2"',
+            "rule.name: lora_a2 averages other factors in other rounds",
+        ),
+        (
             '[schedule]\nname = "buffered"\n[rule]\nname = "rbla"',
             "rule.name: rbla needs all answers of a round at once",
         ),

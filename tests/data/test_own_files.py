@@ -126,6 +126,33 @@ def test_a_client_column_can_be_left_alone(tmp_path: Path) -> None:
     assert load(Source(jsonl(tmp_path, POEMS), client="")).clients is None
 
 
+def test_a_column_of_ranks_is_read_where_it_is_asked_for_and_stays_with_its_rows(tmp_path: Path) -> None:
+    rows: list[object] = [row | {"size": x} for row, x in zip(POEMS, (4, "16", 2.0), strict=True)]
+    name = jsonl(tmp_path, rows)
+    table = load(Source(name), "size")
+    assert (table.ranks, load(Source(name)).ranks) == ((4, 16, 2), None)
+    assert table.take(np.array([2, 0])).ranks == (2, 4)
+    assert load(Source(name, only=("ann",)), "size").ranks == (4, 2)
+    assert load(Source(csv(tmp_path, "text,label,r\na,x,3\nb,y,12\n")), "r").ranks == (3, 12)
+    assert table.fingerprint != load(Source(name)).fingerprint
+    with pytest.raises(ConfigError, match=r"ranks.column: no column 'rank' in .*x.jsonl; it has text, label, client"):
+        load(Source(name), "rank")
+    with pytest.raises(ConfigError, match=r"ranks.name: got 'column', and data.name 'wiki11' is a packaged set"):
+        load(Source("wiki11"), "rank")
+
+
+@pytest.mark.parametrize("value", [0, -2, "", "four", 2.5, True, None, "01"])
+def test_what_is_no_rank_is_named_with_its_line(tmp_path: Path, value: object) -> None:
+    rows: list[object] = [POEMS[0] | {"size": 4}, POEMS[1] | {"size": value}]
+    with pytest.raises(DataError, match=r"x.jsonl, line 2, column 'size': got .*; want a rank, a whole number of at"):
+        load(Source(jsonl(tmp_path, rows)), "size")
+
+
+def test_a_folders_column_of_ranks_is_read(tmp_path: Path) -> None:
+    name = saved(tmp_path, {"text": list("ab"), "label": ["x", "y"], "size": [2, 8]})
+    assert load(Source(name), "size").ranks == (2, 8)
+
+
 def test_classes_that_are_named_are_numbered_so_in_every_file(tmp_path: Path) -> None:
     table = load(Source(jsonl(tmp_path, POEMS[:1]), classes=("pos", "odd", "neg")))
     assert (table.classes, table.labels.tolist()) == (("pos", "odd", "neg"), [0])

@@ -3,6 +3,7 @@
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,26 @@ def test_constants_that_were_sent_are_known_at_once_and_to_the_next_process(regi
     assert later.has(1, A)
     registry.meet({13: member(6)})  # it came back, and says that it holds nothing
     assert registry.digests(6) == ()
+
+
+def test_the_rank_that_a_client_said_last_is_kept_until_it_says_another_or_none(registry: Registry) -> None:
+    assert registry.rank(1) is None
+    registry.meet({31: replace(member(1), rank=4), 7: replace(member(4), rank=8)})
+    assert (registry.rank(1), registry.rank(4), Registry(registry.path).rank(4)) == (4, 8, 8)
+    registry.meet({31: replace(member(1), rank=2), 7: member(4)})
+    assert (registry.rank(1), registry.rank(4), registry.rank(0)) == (2, None, None)
+
+
+def test_a_file_from_before_there_were_ranks_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.sqlite"
+    Registry(path).meet({5: member(2)})
+    with sqlite3.connect(path) as connection:
+        connection.execute("DROP TABLE directions")
+    connection.close()
+    later = Registry(path)
+    assert (later.rank(2), later.known()) == (None, 1)
+    later.meet({5: replace(member(2), rank=4)})
+    assert later.rank(2) == 4
 
 
 def test_a_process_that_goes_on_knows_the_clients_and_the_base_but_asks_the_nodes_anew(registry: Registry) -> None:

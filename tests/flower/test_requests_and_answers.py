@@ -1,5 +1,6 @@
 """What messages mean: requests and answers round-trip, and impossible ones are refused."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -42,7 +43,7 @@ from fedpeft.rules import Broadcast, Task
 from tests.flower.linear import RANK, D, K, start
 
 TAIL = {"q": LowRank(np.ones((1, K), np.float32), np.ones((D, 1), np.float32), 0.5)}
-CAPABLE = Capabilities(2, "b", Counts(5, 6, 7), True, ("d" * 64,), start())
+CAPABLE = Capabilities(2, "b", Counts(5, 6, 7), True, ("d" * 64,), start(), 3)
 KINDS = ("train", "evaluate", "query", "capabilities", "term", "metrics", "error")
 
 
@@ -125,9 +126,14 @@ def test_capabilities_bring_the_start_adapter_with_its_fixed_tensors() -> None:
     assert unpack_capabilities(pack_capabilities(replace(CAPABLE, start=None))).start is None
 
 
+def test_capabilities_bring_a_rank_where_it_is_the_clients_to_say() -> None:
+    for rank in (None, 1, 3, 1 << 30):
+        assert unpack_capabilities(pack_capabilities(replace(CAPABLE, rank=rank))).rank == rank
+
+
 def test_a_train_reply_carries_its_round_its_pass_and_the_vector_alone() -> None:
     parcel = unpack(EVERY["term"][0], "term")
-    assert dict(parcel.facts) == {"round": 4, "pass": 1}
+    assert dict(parcel.facts) == {"round": 4, "pass": 1, "size": 5}
     assert list(parcel.tensors) == ["term"]
     got = unpack_term(EVERY["term"][0])
     assert (got.round, got.pass_, got.vector.tolist()) == (4, 1, [0, 1, 2, 3, 4])
@@ -176,6 +182,9 @@ def test_metrics_queries_and_refusals_round_trip() -> None:
         ("capabilities", "train", "5", "train is '5'"),
         ("capabilities", "central", 1, "want true or false"),
         ("capabilities", "holds", [1], "want a list of strings"),
+        ("capabilities", "rank", 0, "its rank is 0; want 1 to 1073741824"),
+        ("capabilities", "rank", (1 << 30) + 1, "its rank is 1073741825; want 1 to 1073741824"),
+        ("capabilities", "rank", "4", "rank is '4'"),
         ("capabilities", "start", None, "not wanted: \\['adapter/"),
         ("term", "round", None, "round is 'None'"),
         ("term", "loss", 0.5, "not known: \\['loss'\\]"),
@@ -220,7 +229,60 @@ def test_impossible_metrics_are_refused(rows: list[list[float]]) -> None:
 @pytest.mark.parametrize("vector", [np.ones(3, np.float16), np.ones((1, 3), np.float32), np.ones(3, np.int32)])
 def test_a_term_that_is_no_fp32_or_fp64_vector_is_refused(vector: np.ndarray) -> None:
     with pytest.raises(ProtocolError, match="want one fp32 or fp64 vector"):
-        unpack_term(pack(Parcel("term", {"round": 0, "pass": 0}, {"term": vector})))
+        unpack_term(pack(Parcel("term", {"round": 0, "pass": 0, "size": 3}, {"term": vector})))
+
+
+def sparse(values: int = 100, share: int = 9, dtype: type = np.float32) -> np.ndarray:
+    x = np.zeros(values * share, dtype)
+    x[share - 1 :: share] = np.arange(1, values + 1)
+    return x
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_zeros_of_a_term_hardly_travel(dtype: type) -> None:
+    x = sparse(dtype=dtype)
+    packed = pack_term(Term(4, 1, x))
+    got = unpack_term(packed, len(x))
+    assert (got.round, got.pass_, got.vector.dtype) == (4, 1, x.dtype)
+    np.testing.assert_array_equal(got.vector, x)
+    parcel = unpack(packed, "term")
+    assert list(parcel.tensors) == ["mask", "values"]
+    np.testing.assert_array_equal(parcel.tensors["values"], x[x != 0])
+    assert parcel.tensors["mask"].nbytes < 40  # of 113, for its pattern repeats itself
+
+
+def with_parts(**changed: object) -> RecordDict:
+    parcel = unpack(pack_term(Term(4, 1, sparse())), "term")
+    size = changed.pop("size", 900)
+    return pack(Parcel("term", {**parcel.facts, "size": size}, {**parcel.tensors, **changed}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"size": 901}, r"has shape \(901,\); want at most \(900,\)"),
+        ({"size": 880}, "another length than 110 bytes"),
+        ({"size": 899}, "do not fit"),
+        ({"mask": np.zeros(7, np.uint8)}, "not deflated"),
+        ({"mask": np.frombuffer(zlib.compress(bytes(1 << 20)), np.uint8)}, "another length than 113 bytes"),
+        ({"mask": np.frombuffer(zlib.compress(bytes(113)), np.uint8)}, "do not fit"),
+        ({"values": np.ones(99, np.float32)}, "do not fit"),
+        ({"values": np.ones(100, np.int32)}, "want one fp32 or fp64 vector"),
+        ({"values": np.ones((100, 1), np.float32)}, "want one fp32 or fp64 vector"),
+        ({"term": np.ones(3, np.float32)}, "want one fp32 or fp64 vector"),
+    ],
+)
+def test_a_sparse_term_whose_parts_do_not_fit_is_refused(changed: dict[str, object], message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        unpack_term(with_parts(**changed), 900)
+
+
+def test_a_dense_term_that_says_another_size_or_is_too_long_is_refused() -> None:
+    whole = {"term": np.ones(3, np.float32)}
+    with pytest.raises(ProtocolError, match="has 3 numbers, and says 2"):
+        unpack_term(pack(Parcel("term", {"round": 0, "pass": 0, "size": 2}, whole)))
+    with pytest.raises(ProtocolError, match=r"has shape \(3,\); want at most \(2,\)"):
+        unpack_term(pack(Parcel("term", {"round": 0, "pass": 0, "size": 3}, whole)), 2)
 
 
 def test_shared_and_adapter_tensors_must_be_floating_point() -> None:

@@ -162,7 +162,8 @@ def test_evaluation_takes_no_time_even_while_others_are_at_work() -> None:
 
 
 def flow_of(fleet: Fleet, deadline: float = 1000.0, seed: int = 3, **terms: int) -> Flow:
-    return Flow(fleet, Buffer(first_state(), FactorMean(), Buffered(**terms), rank=RANK), seed, deadline)
+    buffer = Buffer(first_state(), FactorMean(), Buffered(**terms), rank=lambda client, round: RANK)
+    return Flow(fleet, buffer, seed, deadline)
 
 
 def steps(flow: Flow, count: int) -> list[tuple[float, tuple[int, ...], tuple[int, ...]]]:

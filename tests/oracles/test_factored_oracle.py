@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from fedpeft.adapters import LowRank, best_rank, compress, drift, factored_svd, orthogonal, stack, top_svd
+from fedpeft.adapters import (
+    LowRank,
+    best_rank,
+    compress,
+    drift,
+    factored_svd,
+    orthogonal,
+    orthonormal,
+    stack,
+    top_svd,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -78,7 +88,7 @@ def test_best_rank_pads_a_product_of_a_smaller_rank_with_zeros():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("ranks", "scales"), [((3, 3), (2.0, 2.0)), ((1, 4), (0.5, 3.0)), ((4, 2), (-1.0, 0.25))])
+@pytest.mark.parametrize(("ranks", "scales"), [((3, 3), (2.0, 2.0)), ((1, 4), (0.7, 3.0)), ((4, 2), (-1.1, 0.25))])
 def test_a_drift_is_the_difference_of_two_products(dtype, ranks, scales):
     new, old = (low_rank(7, 5, r, s, dtype) for r, s in zip(ranks, scales, strict=True))
     left, right = drift(new, old)
@@ -153,6 +163,11 @@ def test_rounding_is_what_is_less_than_1e13th_of_the_largest(value, rank, size):
     assert compress(left, np.eye(3, 6)).rank == rank
 
 
+@pytest.mark.parametrize(("energy", "rank"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.51, 3), (0.75, 3), (1.0, 4)])
+def test_directions_that_hold_just_the_energy_are_enough(energy, rank):
+    assert compress(2 * np.eye(6, 4), np.eye(4, 5), energy).rank == rank  # 4 of 16 each, to the last bit
+
+
 def test_nothing_is_compressed_to_nothing():
     got = compress(np.zeros((9, 2)), np.zeros((2, 6)))
     assert (got.rank, got.a.shape, got.b.shape) == (0, (0, 6), (9, 0))
@@ -167,6 +182,19 @@ def test_the_top_of_a_narrow_stack_is_exact(size):
     for got, want in zip(top_svd(left, right, 2, np.random.default_rng(0)), factored_svd(left, right), strict=True):
         np.testing.assert_array_equal(got, want[: got.shape[0], : got.shape[1]] if got.ndim == 2 else want[:2])
     assert top_svd(left, right, 2, np.random.default_rng(0))[0].shape == (d, 2)
+
+
+@pytest.mark.parametrize("size", [(0, 1, 9), (9, 0, 1), (1, 9, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize(("least", "is_exact"), [(90, True), (91, False)])
+def test_a_stack_is_searched_where_each_side_is_wider_than_ten_blocks(size, least, is_exact):
+    """A block for rank 1 has 1 + 8 columns, and a space 5 blocks: twice that is 90."""
+    rng = np.random.default_rng(3)
+    d, inner, k = (least + more for more in size)
+    left, right = rng.normal(size=(d, inner)), rng.normal(size=(inner, k))
+    got, want = top_svd(left, right, 1, np.random.default_rng(0)), factored_svd(left, right)
+    assert np.array_equal(got[0], want[0][:, :1]) is is_exact
+    assert np.array_equal(got[1], want[1][:1]) is is_exact
+    assert np.array_equal(got[2], want[2][:1]) is is_exact
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -197,3 +225,83 @@ def test_the_top_of_a_wide_stack_depends_on_where_the_search_begins_only_by_roun
     one, other = (top_svd(left, right, 4, np.random.default_rng(seed)) for seed in (0, 1))
     np.testing.assert_allclose((one[0] * one[1]) @ one[2], (other[0] * other[1]) @ other[2], atol=1e-6)
     assert not np.array_equal(one[0], other[0])  # or it was the exact way after all
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (1e9, 1, 1e-9), (3, 0, 2)])
+def test_orthonormal_columns_span_what_was_given_beyond_what_was_there(lengths):
+    rng = np.random.default_rng(4)
+    beside = np.linalg.qr(rng.normal(size=(9, 2)))[0]
+    x = rng.normal(size=(9, 3)) * lengths
+    got = orthonormal(x, beside)
+    rank = np.count_nonzero(lengths)
+    assert got.shape == (9, rank)
+    np.testing.assert_allclose(got.T @ got, np.eye(rank), atol=1e-14)
+    np.testing.assert_allclose(beside.T @ got, 0, atol=1e-14)
+    beyond = x / np.where(np.array(lengths) > 0, lengths, 1)
+    beyond = beyond - beside @ (beside.T @ beyond)
+    np.testing.assert_allclose(got @ (got.T @ beyond), beyond, atol=1e-13)
+    alone = orthonormal(x)
+    np.testing.assert_allclose(alone @ (alone.T @ x), x, atol=1e-13 * max(lengths))
+
+
+def test_directions_that_are_rounding_are_left_out_and_faint_ones_are_not():
+    rng = np.random.default_rng(5)
+    u = np.linalg.qr(rng.normal(size=(8, 3)))[0]
+    twins = u[:, :1] + 1e-6 * u[:, 1:2]
+    got = orthonormal(np.hstack([u[:, :1], twins]))
+    np.testing.assert_allclose(np.abs(got.T @ u[:, :2]), [[0, 1], [1, 0]], atol=1e-5)
+    np.testing.assert_allclose(got.T @ got, np.eye(2), atol=1e-14)
+    assert orthonormal(np.hstack([u[:, :1], u[:, :1] + 1e-8 * u[:, 1:2]])).shape == (8, 1)
+    assert orthonormal(u[:, :2] @ rng.normal(size=(2, 5))).shape == (8, 2)
+    assert orthonormal(u[:, :2] @ rng.normal(size=(2, 4)), u[:, :2]).shape == (8, 0)  # all of it is there already
+    faint = orthonormal(u[:, :1] + 1e-9 * u[:, 1:2], u[:, :1])
+    np.testing.assert_allclose(np.abs(faint.T @ u), [[0, 1, 0]], atol=1e-6)
+    assert orthonormal(np.zeros((8, 3))).shape == (8, 0)
+
+
+def along(size: int, **parts: float) -> np.ndarray:
+    """A column with these numbers at these places: x2=0.5 puts 0.5 at place 2."""
+    column = np.zeros((size, 1))
+    for place, value in parts.items():
+        column[int(place[1:])] = value
+    return column
+
+
+@pytest.mark.parametrize(("length", "columns"), [(1.0, 0), (1 + 2**-20, 1), (1.25, 1), (0.75, 0)])
+def test_what_is_shorter_than_43_bits_of_a_column_is_rounding(length, columns):
+    x = along(6, x0=1.0, x2=length * 2**-43)  # of length 1, to the last bit
+    assert orthonormal(x, along(6, x0=1.0)).shape == (6, columns)
+
+
+@pytest.mark.parametrize(("length", "columns"), [(1.0, 1), (1 + 2**-20, 2), (1.25, 2), (0.75, 1)])
+def test_what_is_shorter_than_23_bits_of_the_strongest_is_rounding(length, columns):
+    faint = along(6, x0=np.sqrt(1 - (length * 2**-23) ** 2), x2=length * 2**-23)
+    assert np.linalg.norm(faint) == 1  # so that nothing is rounded on the way
+    x = np.hstack([along(6, x4=1.0), faint])
+    assert orthonormal(x, along(6, x0=1.0)).shape == (6, columns)
+
+
+def test_columns_are_made_orthonormal_twice_and_no_more(monkeypatch):
+    eigh, seen = np.linalg.eigh, []
+    monkeypatch.setattr(np.linalg, "eigh", lambda x: (seen.append(x.shape), eigh(x))[1])
+    orthonormal(np.random.default_rng(0).normal(size=(9, 3)))
+    assert seen == [(3, 3), (3, 3)]
+
+
+def test_the_top_of_a_wide_stack_of_just_this_rank_is_searched():
+    rng = np.random.default_rng(6)
+    left, right = rng.normal(size=(150, 170)), rng.normal(size=(170, 160))
+    left[:, 4:] = 0
+    u, s, vt = top_svd(left, right, 4, np.random.default_rng(0))
+    np.testing.assert_allclose((u * s) @ vt, left @ right, atol=1e-9)
+    assert not np.array_equal(s, factored_svd(left, right)[1][:4])
+
+
+def test_the_top_of_a_wide_stack_of_a_lower_rank_is_completed():
+    rng = np.random.default_rng(6)
+    left, right = rng.normal(size=(210, 320)), rng.normal(size=(320, 260))
+    left[:, 3:] = 0
+    u, s, vt = top_svd(left, right, 40 - 8, np.random.default_rng(0))
+    np.testing.assert_allclose(vt @ vt.T, np.eye(32), atol=1e-12)
+    np.testing.assert_allclose(u.T @ u, np.eye(32), atol=1e-12)
+    np.testing.assert_allclose((u * s) @ vt, left @ right, atol=1e-9)

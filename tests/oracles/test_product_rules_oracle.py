@@ -93,7 +93,7 @@ def test_flexlora_does_the_same_with_a_stack_so_wide_that_it_searches():
     assert same(after.adapter, again.adapter)
 
 
-@pytest.mark.parametrize("rule", [FlexLoRA(), FlexLoRA("full"), FedSVD(), Subspace(seed=0)], ids=repr)
+@pytest.mark.parametrize("rule", [FlexLoRA(), FlexLoRA("full"), Subspace(seed=0)], ids=repr)
 def test_a_rank_that_no_layer_can_have_is_kept_as_zeros(rule):
     """Rank 5 where d is 3: there are 3 directions, and the adapter keeps its shape."""
     rng = np.random.default_rng(2)
@@ -141,6 +141,25 @@ def test_fedsvd_starts_from_b_zero_with_an_orthonormal_a_that_can_be_trained():
     np.testing.assert_allclose(first.layers["w"].a @ got.a.T @ got.a, first.layers["w"].a, atol=1e-12)
 
 
+@pytest.mark.parametrize(("d", "k", "rank"), [(3, 9, 5), (5, 9, 5), (2, 3, 5), (5, 3, 4), (1, 2, 1)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fedsvd_trains_as_many_directions_after_a_round_as_before_where_d_is_small(d, k, rank, dtype):
+    rng = np.random.default_rng(2)
+    first = Adapter({"w": LowRank(rng.normal(size=(rank, k)).astype(dtype), np.zeros((d, rank), dtype), 0.5)})
+    state, rule = ServerState(Task(first.spec), first), FedSVD()
+    for seed in range(2):
+        before = model(state)["w"]
+        clients = cohort(rule, state, (rank, 1), seed)
+        state = play(rule, state, clients, EXACT).state
+        got, a = state.adapter.layers["w"], first.layers["w"].a
+        np.testing.assert_allclose(product(got), before + mean_drift(clients, "w"), atol=1e-5)
+        count = min(rank, k)
+        np.testing.assert_allclose(got.a @ got.a.T, np.diag((np.arange(rank) < count) * 1.0), atol=1e-6)
+        np.testing.assert_allclose(a @ got.a.T @ got.a, a, atol=2e-6)  # what b can reach is what it could
+        assert not got.b[:, d:].any()
+        assert got.a.dtype == dtype
+
+
 @each_ranks
 @pytest.mark.parametrize("ridge", [1e-9, 0.01, 3.0])
 def test_lora_fair_corrects_b_by_ridge_regression(ranks, ridge):
@@ -165,6 +184,12 @@ def test_lora_fair_corrects_b_by_ridge_regression(ranks, ridge):
         error = np.linalg.norm(target - (got.b - b) @ a)
         assert error < np.linalg.norm(target)
     head_is_the_mean(state, after, clients)
+
+
+@pytest.mark.parametrize("ridge", [0.0, -0.5, float("nan")])
+def test_a_penalty_that_is_none_is_refused(ridge):
+    with pytest.raises(ValueError, match=f"^ridge: got {ridge}; want more than 0$"):
+        LoRAFair(ridge)
 
 
 # ---- T5: rank collapse, without any training

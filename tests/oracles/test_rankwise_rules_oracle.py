@@ -12,6 +12,7 @@ import pytest
 from fedpeft.adapters import Adapter, LowRank, Update
 from fedpeft.channel import PlainChannel
 from fedpeft.rules import FactorMean, HetLoRA, ServerState, Task, ZeroPad
+from fedpeft.rules.factors import lacking
 from tests.laws.cohorts import LAYERS, RBLA, cohort, play, start
 
 WIRE = 4e-6
@@ -67,6 +68,37 @@ def test_rbla_averages_each_direction_over_those_who_hold_it(ranks):
                 np.testing.assert_allclose(new.b[:, i], b, atol=WIRE)
         head_is_the_mean(state, after, clients)
         state = after
+
+
+def test_a_client_lacks_what_it_was_not_sent_and_not_what_it_gave_up():
+    state = start()
+    received = state.adapter.cut(2)
+    lacks = lacking(Update(received, received.cut(1)), state.task.spec)
+    assert {n: x.tolist() for n, x in lacks.items()} == {"q/lacks": [0.0, 0.0, 1.0], "v/lacks": [0.0, 0.0]}
+    assert {x.dtype for x in lacks.values()} == {np.dtype(np.float64)}
+
+
+@pytest.mark.parametrize("cycle", [("ab",), ("a",), ("b",)], ids=str)
+@pytest.mark.parametrize(("held", "is_held"), [(2**-30, False), (2**-30 + 2**-52, True), (2**-31, False)])
+def test_a_share_of_holders_that_is_rounding_moves_nothing(cycle, held, is_held):
+    rule, state = FactorMean(cycle, owners=True), start()
+    mean = {n: np.ones(shape) for n, shape in rule.layout(state.task).shapes}
+    mean["q/lacks"], mean["v/lacks"] = np.array([0.5, 0.0, 1 - held]), np.zeros(2)
+    after = rule.decode(mean, state).adapter.layers["q"]
+    moved = {"a": after.a - state.adapter.layers["q"].a, "b": (after.b - state.adapter.layers["q"].b).T}
+    for part in "ab":
+        shares = np.array([2.0, 1.0, 1 / held if is_held else 0.0]) * (part in cycle[0])
+        want = np.repeat(shares[:, None], moved[part].shape[1], axis=1)
+        np.testing.assert_allclose(moved[part], want, rtol=1e-12, atol=1e-12)  # 1 / held is 1e9, and a share 1e-9
+
+
+@pytest.mark.parametrize("rule", [ZeroPad(), RBLA], ids=repr)
+def test_the_mean_that_is_decoded_stays_as_it_was(rule):
+    state = start()
+    mean = {n: np.full(shape, 0.25) for n, shape in rule.layout(state.task).shapes}
+    rule.decode(mean, state)
+    assert list(mean) == [n for n, _ in rule.layout(state.task).shapes]
+    assert all(np.all(x == 0.25) for x in mean.values())
 
 
 @pytest.mark.parametrize("cycle", [("b",), ("b", "a")], ids=["ffa", "rolora"])

@@ -35,7 +35,7 @@ def server_change(before, after):
 @pytest.mark.parametrize(
     ("count", "share", "out"),
     [(1, 0.3, 0), (2, 0.3, 0), (3, 0.3, 1), (3, 0.1, 1), (4, 0.3, 1), (5, 0.3, 2), (5, 0.2, 1), (5, 0.0, 0),
-     (10, 0.3, 3), (10, 0.49, 4), (9, 0.34, 4)],
+     (10, 0.3, 3), (10, 0.49, 4), (9, 0.34, 4), (25, 0.28, 7), (10, 0.3 + 5e-11, 3), (10, 0.3 + 2e-10, 4)],
 )  # fmt: skip
 def test_a_trimmed_mean_leaves_out_the_ends(count, share, out):
     state = start()
@@ -56,7 +56,8 @@ def krum_scores(vectors, hostile):
 
 
 @pytest.mark.parametrize(
-    ("count", "share", "hostile"), [(5, 0.2, 1), (7, 0.2, 1), (7, 0.3, 2), (4, 0.2, 0), (8, 0.0, 0)]
+    ("count", "share", "hostile"),
+    [(5, 0.2, 1), (7, 0.2, 1), (7, 0.3, 2), (4, 0.2, 0), (8, 0.0, 0), (10, 0.3 - 5e-11, 3), (10, 0.3 - 2e-10, 2)],
 )
 @pytest.mark.parametrize("many", [False, True])
 def test_krum_takes_the_change_nearest_to_those_around_it(count, share, hostile, many):
@@ -68,6 +69,14 @@ def test_krum_takes_the_change_nearest_to_those_around_it(count, share, hostile,
         order = np.argsort(krum_scores(vectors, hostile))
         best = order[: count - hostile] if many else order[:1]
         np.testing.assert_allclose(got, np.mean([vectors[i] for i in best], axis=0), atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_krum_takes_the_first_of_two_that_are_as_far_from_each_other(count):
+    state, rule = start(), Krum()
+    clients = cohort(rule, state, [3] * count)
+    got = server_change(state, play(rule, state, clients, EXACT).state)
+    np.testing.assert_allclose(got, change(clients[min(clients)][0]), atol=1e-12)
 
 
 @pytest.mark.parametrize(("count", "hostile"), [(4, 1), (6, 2), (8, 3)])

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from fedpeft.errors import DataError
-from fedpeft.report import BaselineRecord, FinalRecord, RoundRecord, RunFolder, RunRecord, Score, Scores, history
+from fedpeft.report import (
+    BaselineRecord,
+    ClientData,
+    FinalRecord,
+    RoundRecord,
+    RunFolder,
+    RunRecord,
+    Score,
+    Scores,
+    history,
+)
 from fedpeft.rounds import Metrics
 
 
@@ -63,7 +73,14 @@ def test_every_kind_of_record_comes_back(tmp_path: Path) -> None:
     scores = Scores(0.4, 0.8, {3: score, 11: Score(None, None, None)})
     written = (
         RunRecord(
-            "wiki", {"rule": {"name": "fedit"}}, {"numpy": "2"}, bytes_per_round=2.5, task="lm", labels=("a", "b")
+            "wiki",
+            {"rule": {"name": "fedit"}},
+            {"numpy": "2"},
+            {0: ClientData(5, {"a": 2}, "phone", 4, True), 1: ClientData(6)},
+            2,
+            bytes_per_round=2.5,
+            task="lm",
+            labels=("a", "b"),
         ),
         RoundRecord(
             2, (1, 3), (3,), ((1, "too late"),), score, scores, score, 10, 20, 1.5, 1.25, ((3, 0.0, 1.0),), 1e9

@@ -264,3 +264,17 @@ def test_memory_does_not_grow_with_the_answers():
         buffer.receive(c, answer(buffer.ask(c), c), 0, 0)
     assert buffer._sum.total.size == size
     assert not any(isinstance(x, np.ndarray) for x in buffer._answered)
+
+
+def test_each_client_is_asked_at_its_own_rank_of_the_round():
+    asked = []
+
+    def rank(client, round):
+        asked.append((client, round))
+        return 1 + client
+
+    buffer = made(rank=rank)
+    said = {c: buffer.ask(c) for c in (0, 1, 7)}
+    assert {c: x.adapter.layers["q"].rank for c, x in said.items()} == {0: 1, 1: 2, 7: 3}
+    assert asked == [(0, 0), (1, 0), (7, 0)]
+    assert made().ask(0).adapter.layers["q"].rank == 3

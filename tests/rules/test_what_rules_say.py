@@ -7,8 +7,8 @@ from fedpeft.adapters import LowRank
 from fedpeft.rules import FactorMean, FedEx, FLoRA, ListRule, MeanRule, frozen
 from tests.laws.cohorts import FEDIT, FEDSA, FFA, RBLA, ROLORA, RULES, TwoPasses, computed, start
 
-PLAIN = ("fedit", "fedit, rest dropped", "median", "trimmed", "krum", "multi-krum", "two passes")
-CHANGES = ("fedit", "ffa", "rolora", "fedsa", "fedit, rest dropped")
+PLAIN = ("fedit", "fedit, rest dropped", "median", "trimmed", "krum", "multi-krum", "two passes", "scaffold")
+CHANGES = ("fedit", "ffa", "rolora", "fedsa", "fedit, rest dropped", "fedrot", "fedrot, soft", "lora_a2")
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -24,7 +24,7 @@ def made(clients, **sections):
         "data": {"name": "none"},
         "partition": {"name": "sampled", "clients": clients},
         "selection": {"count": 20, "deadline": 1e9},
-        "evaluation": {"sample": 15},
+        "evaluation": {"sample": 15, "exactness": False},
     }
     for name, values in sections.items():
         settings[name] = settings.get(name, {}) | values if isinstance(values, dict) else values

@@ -8,6 +8,7 @@ import pytest
 from fedpeft.config import experiment
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.report import RunFolder, history
+from fedpeft.rounds import answer_size
 from fedpeft.run import Lines, simulate
 from fedpeft.run.node import workshop
 from fedpeft.run.outlook import outlook
@@ -140,7 +141,7 @@ def test_the_schedule_that_is_foretold_is_the_one_that_comes(tmp_path, schedule,
     here = workshop(found.settings_json)
     spec = here.trainer.start().spec
     down = 4 * sum(x.d * x.rank + x.rank * x.k for x in spec.layers) + 4 * sum(x[1][0] * x[1][-1] for x in spec.dense)
-    ahead = outlook(found, here, down)
+    ahead = outlook(found, here, lambda rank: down)
     # The bytes of the head are counted roughly above, which is far less than a second.
     assert ahead.round_seconds == pytest.approx((steps[9] + steps[10]) / 2, abs=0.05)
     assert {(x.name, x.clients, bool(x.problem)) for x in ahead.paces} == {
@@ -157,7 +158,7 @@ def test_what_a_client_has_to_do_is_known_before_it_is_done(tmp_path):
     errand = work.errand(people, 3, 0, 0)
     rows = here.trainer.rows(3, "train")
     assert errand.tokens == pytest.approx(sum(int(x) for x in rows.lengths))
-    assert errand.up == 4 * (found.rule.layout(_task(here)).size + 5)
+    assert errand.up == 4 * answer_size(found.rule, _task(here), True)
     assert work.errand(people, 3, 0, 1).tokens == 0.0
 
 

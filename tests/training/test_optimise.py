@@ -108,6 +108,34 @@ def test_clipping_is_that_of_clip_grad_norm_for_each_row_by_itself(seed, clip):
         torch.testing.assert_close(row, -x.grad, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", [x for x in SETTINGS if x.startswith("sgd")])
+def test_a_rows_shift_is_added_to_its_gradients_behind_the_clip_and_goes_with_its_client(name):
+    training, draw = SETTINGS[name], torch.Generator().manual_seed(4)
+    starts, shifts = torch.randn(4, N, generator=draw), torch.randn(4, N, generator=draw)
+    found, alone = RowOptimiser(torch.zeros(3, N), training), []
+
+    def steps(rows, clients, gradients):
+        for client, g in zip(clients, gradients, strict=True):
+            one = alone[client]
+            g = g + training.prox * (one.x.detach() - one.start)
+            if training.clip is not None:
+                g = g * min(1.0, training.clip / float(torch.linalg.vector_norm(g)))
+            one.x.grad = g + (shifts[client] if client in (1, 3) else 0.0)
+            one.optimiser.step()
+        found.step(torch.tensor(rows), gradients.clone())
+
+    alone = [Alone(x, training) for x in starts]
+    found.begin(0, starts[0])
+    found.begin(1, starts[1], shifts[1])
+    for _ in range(3):
+        steps([0, 1], [0, 1], 2 * torch.randn(2, N, generator=draw))
+    found.begin(1, starts[2])  # one without a shift in place of one that had one
+    found.begin(2, starts[3], shifts[3])
+    for _ in range(3):
+        steps([2, 0, 1], [3, 0, 2], 2 * torch.randn(3, N, generator=draw))
+    close(found.values, torch.stack([alone[i].x.detach() for i in (0, 2, 3)]))
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_numbers_that_are_zero_and_have_no_gradient_stay_zero(name):
     found, draw = RowOptimiser(torch.zeros(2, N), SETTINGS[name]), torch.Generator().manual_seed(1)

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.adapters import Update
-from fedpeft.rules import FactorMean, FedEx, FedSVD, FLoRA, ServerState, Subspace, Task
+from fedpeft.adapters import CORES, Update
+from fedpeft.rules import FactorMean, FedEx, FedSB, FedSVD, FLoRA, ServerState, Subspace, Task
 from fedpeft.training.bridge import Bridge
 from fedpeft.training.methods import Method
 from fedpeft.training.tails import beside, layer
-from tests.laws.cohorts import play
+from tests.laws.cohorts import play, train
 from tests.training.peft_cases import TASKS, build
 
 TARGETS = {"bert": ("intermediate.dense", "query"), "gpt2": ("c_attn", "c_fc")}
 EXACT = {
     "fedex": FedEx(),
     "flora": FLoRA(seed=2),
+    "fedsb": FedSB(),
     "fedsvd": FedSVD(),
     "ffa": FactorMean(("b",)),
     "rolora": FactorMean(("b", "a")),
@@ -44,6 +45,8 @@ def outputs(bridge, sent, adapter):
 
 
 def moved(rule, sent, rng):
+    if rule.trains(sent.task) in CORES:
+        return train(rule, sent, rng).trained
     mine = sent.adapter.tensors(rule.trains(sent.task))
     return sent.adapter.put({n: (x + 0.3 * rng.normal(size=x.shape)).astype(x.dtype) for n, x in mine.items()})
 

@@ -1,0 +1,109 @@
+"""Sections of an experiment file that belong to no room: evaluation, baselines, fleet, simulation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal
+
+from fedpeft.config.timing import kinds
+from fedpeft.rounds import Device
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """When the adapter is evaluated: every ``every`` rounds and after the last.
+
+    clients: evaluate on each client's own validation rows too; central: on the central test set; sample: of more
+    clients than this, so many are drawn for each evaluation, and for the end and the baselines the same ones;
+    exactness: measure how far each round is from the mean of the clients' changes, by sketches, sent unclipped.
+    """
+
+    every: int = 1
+    clients: bool = True
+    central: bool = True
+    sample: int = 300
+    exactness: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("every", "sample"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}: got {getattr(self, key)}; want at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Baselines:
+    """What the run is compared with, all trained for as many steps as the federation gives each row.
+
+    base: the adapter before training; local: each client alone; central: all clients' rows in one place.
+    """
+
+    base: bool = True
+    local: bool = False
+    central: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """What the coordinator waits for before it starts.
+
+    nodes: how many (in a simulation, all of them); wait: seconds; failures: rounds in a row that may
+    fail before the run stops; own_data: each node brings a data set of its own (its node config's
+    ``data``), so there is nothing to partition.
+    """
+
+    nodes: int | None = None
+    wait: float = 120.0
+    failures: int = 3
+    own_data: bool = False
+
+    def __post_init__(self) -> None:
+        for key, good, want in (
+            ("nodes", self.nodes is None or self.nodes >= 1, "at least 1"),
+            ("wait", self.wait > 0, "more than 0 seconds"),
+            ("failures", self.failures >= 1, "at least 1"),
+        ):
+            if not good:
+                raise ValueError(f"{key}: got {getattr(self, key)}; want {want}")
+
+
+@dataclass(frozen=True, slots=True)
+class Hostile:
+    """Simulated clients that send what was never trained.
+
+    share: of all clients, rounded down, drawn by the seed for the whole run; attack: "flip" sends received − strength ·
+    (trained − received), "noise" a Gaussian change whose norm is ``strength`` times that of what was trained.
+    """
+
+    share: float
+    attack: Literal["flip", "noise"] = "flip"
+    strength: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share: got {self.share}; want more than 0 and less than 1")
+        if not 0 < self.strength < inf:
+            raise ValueError(f"strength: got {self.strength}; want more than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """How simulated clients run.
+
+    engine: "cohort" trains many at once on one base, "loop" one after another; group: the most that are in one step
+    (unset: as many as memory and the processor have use for); workers: processes that share the base (unset: one for
+    every four cores); devices: the kinds of device that clients are on. Where there are any, time is simulated:
+    answers come when these would give them, and ``selection.deadline`` is in simulated seconds. hostile: clients that
+    attack the rule; they are not evaluated.
+    """
+
+    engine: Literal["cohort", "loop"] = "cohort"
+    group: int | None = None
+    workers: int | None = None
+    devices: Mapping[str, Device] = field(default_factory=dict)
+    hostile: Hostile | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "devices", kinds(self.devices, "simulation.devices"))
+        for key in ("group", "workers"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ValueError(f"{key}: got {value}; want at least 1, or leave it out")

@@ -1,0 +1,95 @@
+"""HetLoRA's self-pruning on the client: what it is asked to minimise, what it cuts, and what it remembers."""
+
+import numpy as np
+import pytest
+
+from fedpeft.adapters import Adapter, LowRank, Update
+from fedpeft.rules import PLAIN, FactorMean, HetLoRA, Task
+
+RANKS = {"q": 10, "v": 4, "w": 1}
+LAYERS = {n: LowRank(np.ones((r, 5)), np.ones((7, r)), 2.0) for n, r in RANKS.items()}
+FIRST = Adapter(LAYERS, {"head": np.zeros(3)})
+TASK = Task(FIRST.spec)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "cuts"),
+    [(0.99, {"q": 9, "v": 3}), (0.5, {"q": 5, "v": 2}), (0.05, {"q": 1, "v": 1}), (1.0, {})],
+)
+def test_the_tail_begins_behind_gamma_times_the_rank_and_a_layer_keeps_one_direction(gamma, cuts):
+    objective = HetLoRA(gamma, 0.25).objective(TASK, FIRST, {})
+    assert dict(objective.cuts) == cuts
+    assert objective.penalty == 0.25
+    assert objective.shift == {}
+
+
+def test_the_tail_is_of_the_rank_that_the_client_has():
+    assert dict(HetLoRA(0.5).objective(TASK, FIRST.cut(6), {}).cuts) == {"q": 3, "v": 2}
+    assert HetLoRA().penalty == HetLoRA().objective(TASK, FIRST, {}).penalty == 1e-3
+    assert HetLoRA(penalty=0.0).objective(TASK, FIRST, {}).penalty == 0.0
+
+
+@pytest.mark.parametrize("penalty", [-1e-9, float("nan"), float("inf")])
+def test_a_penalty_that_can_not_be_is_refused(penalty):
+    with pytest.raises(ValueError, match=f"^penalty: got {penalty}; want 0 or more"):
+        HetLoRA(penalty=penalty)
+
+
+def shrunk(name: str, before: Adapter = FIRST, factor: float = 0.5) -> Update:
+    """A client whose last direction of one layer has become smaller."""
+    layer = before.layers[name]
+    b = layer.b * np.where(np.arange(layer.rank) == layer.rank - 1, factor, 1.0)
+    return Update(before, Adapter(dict(before.layers) | {name: LowRank(layer.a, b, 2.0)}, before.dense))
+
+
+def test_what_is_cut_is_kept_and_the_client_goes_on_from_there():
+    rule = HetLoRA()
+    own = rule.keep(shrunk("q"), TASK, {})
+    assert {n: float(x) for n, x in own.items()} == {"q/rank": 9.0}
+    begun = rule.begin(FIRST, own)
+    assert {n: x.rank for n, x in begun.layers.items()} == {"q": 9, "v": 4, "w": 1}
+    assert begun.dense is FIRST.dense
+    own = rule.keep(shrunk("v", begun), TASK, own)
+    assert {n: float(x) for n, x in own.items()} == {"q/rank": 9.0, "v/rank": 3.0}
+    own = rule.keep(shrunk("q", rule.begin(FIRST, own)), TASK, own)
+    assert {n: x.rank for n, x in rule.begin(FIRST, own).layers.items()} == {"q": 8, "v": 3, "w": 1}
+    assert {n: x.rank for n, x in rule.begin(FIRST.cut(2), own).layers.items()} == {"q": 2, "v": 2, "w": 1}
+
+
+def test_a_round_at_a_lower_rank_is_no_cut():
+    """Where ranks are drawn anew in every round, only what was pruned is gone."""
+    rule = HetLoRA()
+    own = rule.keep(shrunk("q"), TASK, {})
+    small = rule.begin(FIRST.cut(2), own)
+    assert rule.keep(Update(small, small), TASK, own) == own
+    assert {n: x.rank for n, x in rule.begin(FIRST, own).layers.items()} == {"q": 9, "v": 4, "w": 1}
+
+
+def test_a_tail_that_has_not_shrunk_stays():
+    for factor in (1.0, 2.0):
+        own = HetLoRA().keep(shrunk("q", factor=factor), TASK, {})
+        assert {n: x.rank for n, x in HetLoRA().begin(FIRST, own).layers.items()} == RANKS
+
+
+def test_who_has_kept_nothing_begins_with_what_it_received():
+    assert {n: x.rank for n, x in HetLoRA().begin(FIRST, {}).layers.items()} == RANKS
+
+
+def test_what_was_cut_is_not_sent_and_has_no_weight():
+    rule = HetLoRA()
+    update = shrunk("q")
+    sent = rule.encode(update, TASK)
+    norm = update.trained.layers["q"].cut(9).norm
+    np.testing.assert_allclose(sent["q/norm"], [norm] * 9 + [0.0])
+    begun = rule.begin(FIRST, rule.keep(update, TASK, {}))
+    later = rule.encode(Update(begun, begun), TASK)
+    np.testing.assert_allclose(later["q/norm"], [begun.layers["q"].norm] * 9 + [0.0])
+    assert later["q/a"].shape == (10, 5)
+
+
+def test_other_rules_add_nothing_and_keep_nothing():
+    rule, update = FactorMean(), shrunk("q")
+    assert rule.objective(TASK, FIRST, {}) is PLAIN
+    assert rule.begin(FIRST, {"q/rank": np.array(1.0)}) is FIRST
+    assert rule.keep(update, TASK, {"q/rank": np.array(1.0)}) == {}
+    assert (PLAIN.penalty, dict(PLAIN.cuts), dict(PLAIN.shift)) == (0.0, {}, {})
