@@ -160,7 +160,12 @@ def rules(
     for row in rows:
         table.add_row(*(escape(row.cells()[i]) for i in shown))
     console.print(table, highlight=False)
-    legend = [*book.LEGEND, *([] if len(shown) == len(book.HEADS) else ["What one does: `fedpeft rules NAME`."])]
+    first = book.LEGEND[0] if what is None else book.BYTES
+    legend = [
+        first,
+        *book.LEGEND[1:],
+        *([] if len(shown) == len(book.HEADS) else ["What one does: `fedpeft rules NAME`."]),
+    ]
     console.print("\n".join(legend), style="dim", highlight=False, markup=False)
 
 
@@ -183,9 +188,9 @@ def compare(
     from fedpeft.report import compare as side_by_side
 
     found = side_by_side(runs)
-    console.print(table(found))
+    _whole(table(found))
     if (arrivals := arrival_table(found)) is not None:
-        console.print(arrivals)
+        _whole(arrivals)
     console.print(f"figures: {write_comparison(found, out)}")
 
 
@@ -254,6 +259,15 @@ def _run(experiment: Path, change: list[str], folder: Path | None, force: bool) 
 def _finish(folder: Path) -> None:
     console.print(headline(folder))
     console.print(f"report:  {os.path.relpath(folder / 'report.html')}\nadapter: {os.path.relpath(folder / 'adapter')}")
+
+
+def _whole(table: Table) -> None:
+    """Print a table as wide as it is: in a narrow terminal its lines go on in the next, and no cell is cut."""
+    table.caption, caption = None, table.caption
+    natural = console.measure(table, options=console.options.update(width=10_000)).maximum
+    Console(file=console.file, width=max(natural, console.width)).print(table)
+    if caption:
+        console.print(caption, style="dim", highlight=False)
 
 
 @contextmanager

@@ -204,7 +204,7 @@ def _combinations(found: Experiment) -> None:
             f"training.optimiser: got {found.training.optimiser!r}; {name} corrects gradients, and this optimiser "
             f'rescales them; want "sgd" (with a training.lr of its own, such as 0.1), or a rule such as fedit'
         )
-    check_ranks(found.ranks, found.settings["ranks"]["name"], found.adapter)
+    check_ranks(found.ranks, found.settings["ranks"]["name"], found.adapter, found.rule)
     check_personal(found.personal, found.adapter, is_dora(found.adapter), found.evaluation.clients)
     timing(found.rule, name, found.schedule, found.simulation.devices, found.selection)
     if found.selection.rest and isinstance(found.schedule, Buffered):

@@ -6,6 +6,7 @@ from fedpeft.config.rules import is_dora
 from fedpeft.config.schema import Choice
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import Column, Levels, Listed, Memory, Ranks, Whole
+from fedpeft.rules import Krum, ListRule, MeanRule
 from fedpeft.training.methods import Method
 
 RANKS: Mapping[str, Choice] = {
@@ -24,10 +25,15 @@ def largest_rank(method: Method) -> int:
     return max([method.rank, *others])
 
 
-def check_ranks(ranks: Ranks, name: str, method: Method) -> None:
+def check_ranks(ranks: Ranks, name: str, method: Method, rule: MeanRule | ListRule) -> None:
     """Raise ConfigError, naming the key, for ranks of this name that can't go with the rest of the experiment."""
     if ranks.is_whole:
         return
+    if isinstance(rule, Krum):
+        raise ConfigError(
+            f"ranks.name: got {name!r}, and krum compares the lengths of whole changes: a client of a low rank has "
+            f'moved less, so that it would always be chosen; want ranks.name = "whole", or median'
+        )
     if method.name != "lora" or is_dora(method):
         why = "normalises with all directions" if is_dora(method) else "has no low-rank factors to cut"
         raise ConfigError(

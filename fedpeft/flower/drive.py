@@ -4,7 +4,7 @@ Answers go into the round one by one, and nothing of them is kept here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -72,10 +72,14 @@ def evaluate(
     whole = max((x.rank for x in state.task.spec.layers), default=0)
     letters: list[Letter] = []
     refused: list[tuple[int, str]] = []
+    sent: dict[int, Broadcast] = {}
     for client in sorted(parts):
         for rank, some in _by_rank(parts[client], min(ranks[client], whole), whole):
             if client in fleet.nodes:
-                letters.append(writer.letter(client, rank, fleet.rule.send(state, rank), some))
+                if rank not in sent:
+                    said = fleet.rule.send(state, rank)
+                    sent[rank] = replace(said, task=replace(said.task, shared={}))  # which is for training alone
+                letters.append(writer.letter(client, rank, sent[rank], some))
             else:
                 refused.append((client, "has no node"))
     refused += [(client, "the message could not be sent") for client in post.push(letters, deadline)]

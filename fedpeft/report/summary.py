@@ -66,9 +66,9 @@ def gains(h: History) -> str:
     if not each:
         return ""
     better, worse = sum(x > 0 for x in each), sum(x < 0 for x in each)
-    epochs = setting(h, "personal.finetune")
+    epochs = "1 epoch" if setting(h, "personal.finetune") == "1" else f"{setting(h, 'personal.finetune')} epochs"
     return (
-        f"Training for themselves after the run ({epochs} epoch{'' if epochs == '1' else 's'}, which nobody else sees), "
+        f"Training for themselves after the run ({epochs}, which nobody else sees), "
         f"{better:,} of {len(each):,} clients do better on their own test sets and {worse:,} worse; mean gain "
         f"{float(np.mean(each)):+.1f} points, smallest {min(each):+.1f}.".replace("-", "−")
     )

@@ -7,7 +7,7 @@ from fedpeft.channel import PlainChannel
 from fedpeft.errors import ProtocolError
 from fedpeft.rounds.exactness import of_client, sketched
 from fedpeft.rounds.metrics import Metrics
-from fedpeft.rules import Rule, Task
+from fedpeft.rules import Rule, ServerState, Task
 
 STATISTICS = len(Metrics().vector())
 """How many numbers a client's metrics are; sketches come behind them."""
@@ -50,3 +50,12 @@ def inspect(answer: Array, size: int, channel: PlainChannel, largest_weight: flo
     counts = Metrics.of(answer[size + 1 : size + 1 + STATISTICS])
     if min(counts.loss, counts.correct, counts.examples) < 0 or counts.correct > counts.units:
         raise ProtocolError(f"the update has impossible counts: {counts}")
+
+
+def need_finite(state: ServerState) -> None:
+    """Raise ProtocolError for a state that no model can run with, so that its round is left out."""
+    if not state.is_finite:
+        raise ProtocolError(
+            "the round's mean makes the adapter NaN or infinite: lower channel.clip or channel.largest_norm, or keep "
+            "the adapter in fp32"
+        )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from fedpeft.adapters import Array
 from fedpeft.channel import PlainChannel, Running
 from fedpeft.errors import ProtocolError
-from fedpeft.rounds.answer import STATISTICS, answer_size, inspect, measured
+from fedpeft.rounds.answer import STATISTICS, answer_size, inspect, measured, need_finite
 from fedpeft.rounds.exactness import compared
 from fedpeft.rounds.metrics import Metrics
 from fedpeft.rounds.plain import Outcome
@@ -190,14 +190,17 @@ class Buffer:
         if is_full:
             mean, weight, statistics = self.channel.down(total, layout.size)
             change, moments = self.optimiser.step(layout.unflatten(mean), before.moments)
-            self.state = self.rule.decode(change, replace(before, moments=moments))
+            after = self.rule.decode(change, replace(before, moments=moments))
+            self.state = after if after.is_finite else before.next(before.adapter)
         else:
             self.state = before.next(before.adapter)
         for client, round in list(self._at_work.items()):
             age = self.state.task.round - round
             if age > self.terms.max_staleness:
                 self.refuse(client, f"no answer within {self.terms.max_staleness} steps (schedule.max_staleness)")
-        if not is_full:
+        if is_full:
+            need_finite(after)
+        else:
             raise ProtocolError(f"too few answers: got {len(answered)}; want {self.terms.buffer}")
         survivors, staleness = tuple(c for c, _ in answered), tuple(age for _, age in answered)
         metrics, sketches = Metrics.of(statistics[:STATISTICS]), statistics[STATISTICS:]

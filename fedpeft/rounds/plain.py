@@ -15,7 +15,7 @@ from typing_extensions import override
 from fedpeft.adapters import Array, Layout, Shape, Tensors
 from fedpeft.channel import PlainChannel, Running, Sparse
 from fedpeft.errors import ProtocolError
-from fedpeft.rounds.answer import STATISTICS, answer_size, inspect, measured
+from fedpeft.rounds.answer import STATISTICS, answer_size, inspect, measured, need_finite
 from fedpeft.rounds.exactness import Exactness, compared
 from fedpeft.rounds.metrics import Metrics
 from fedpeft.rules import Averaging, Broadcast, ListRule, MeanRule, Rule, ServerOptimiser, ServerState
@@ -78,7 +78,7 @@ class Round(ABC):
 
     @abstractmethod
     def result(self) -> Outcome:
-        """The outcome. Raises ProtocolError if too few answered, RuntimeError while the round is open."""
+        """The outcome. ProtocolError if too few answered, or it is not finite; RuntimeError while the round is open."""
 
     @property
     def size(self) -> int:
@@ -106,8 +106,10 @@ class Round(ABC):
         return self._is_over
 
     def outbox(self) -> dict[int, Broadcast]:
-        """What each client that is waited for should receive, in ascending order of clients."""
-        return {client: self._rule.send(self.state, self.ranks[client]) for client in sorted(self._waiting)}
+        """What each client that is waited for should receive, in ascending order; those of one rank share it."""
+        waiting = sorted(self._waiting)
+        sent = {rank: self._rule.send(self.state, rank) for rank in {self.ranks[client] for client in waiting}}
+        return {client: sent[self.ranks[client]] for client in waiting}
 
     def receive(self, client: int, answer: Array, round: int, pass_: int) -> None:
         """Add one client's answer.
@@ -163,6 +165,7 @@ class Round(ABC):
         return measured(self._rule, self.state.task, self.exactness)
 
     def _outcome(self, state: ServerState, weight: float, statistics: Array) -> Outcome:
+        need_finite(state)
         metrics, sketches = Metrics.of(statistics[:STATISTICS]), statistics[STATISTICS:]
         found = compared(sketches, weight, self._sketches, self.state, state)
         return Outcome(state, metrics, weight, self.answered, tuple(self.refused), exactness=found)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Self
 
+import numpy as np
+
 from fedpeft.adapters import Adapter, Layout, LowRank, Spec, Tensors, Update
 from fedpeft.rules.objective import PLAIN, Objective
 
@@ -45,6 +47,12 @@ class ServerState:
         if not self.tail:
             return self.adapter.digest
         return sha256(f"{self.adapter.digest} {Adapter(self.tail).digest}".encode()).hexdigest()
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no number that the model runs with is NaN or infinite, as one too large for its dtype becomes."""
+        each = [*self.adapter.tensors().values(), *Adapter(self.tail).tensors().values()]
+        return all(bool(np.isfinite(x).all()) for x in each)
 
     def next(self, adapter: Adapter) -> Self:
         """The state at the start of the next round, with this adapter."""

@@ -45,8 +45,8 @@ class FedEx(FactorList):
         for layer in state.task.spec.layers:
             left, right = covariance(encodings, layer, middle)
             folded = fold(tail.get(layer.name), left, right, self.energy, self.largest)
-            if folded.rank:
-                tail[layer.name] = as_kept(folded, state.adapter.layers[layer.name])
+            tail[layer.name] = as_kept(folded, state.adapter.layers[layer.name])
+        tail = {n: x for n, x in tail.items() if x.rank}
         return replace(state, tail=tail).next(state.adapter.moved(middle))
 
 

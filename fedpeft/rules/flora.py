@@ -48,10 +48,10 @@ class FLoRA(FactorList):
             held = state.adapter.layers[layer.name]
             left, right = mean_product(encodings, layer, held)
             folded = fold(tail.get(layer.name), left, right, self.energy, self.largest)
-            if folded.rank:
-                tail[layer.name] = as_kept(folded, held)
+            tail[layer.name] = as_kept(folded, held)
             rng = np.random.default_rng([self.seed, state.task.round, i])
             a = rng.uniform(-1, 1, held.a.shape) / np.sqrt(layer.k)
             layers[layer.name] = as_kept(LowRank(a, np.zeros(held.b.shape), layer.scale), held)
         after = state.adapter.moved(mean(encodings, leaves(state)))
+        tail = {n: x for n, x in tail.items() if x.rank}
         return replace(state, tail=tail).next(replace(after, layers=layers))

@@ -5,6 +5,7 @@ Not exact, and directions that few clients hold shrink as in ``zeropad``, though
 has a larger ΔW. Sent: r(d + k) + r numbers a layer up, r_k(d + k) down. It needs nothing but the mean: a client
 multiplies its change by its own norm, and sends the norm beside each direction that it holds. So a clip on what
 it sends makes it count less, and does not bound what it does.
+A client may claim any norm: only ``channel.largest_norm`` bounds what it makes of it.
 The paper weighs by these norms alone, which is ``weighting.name = "uniform"`` here; others multiply them.
 Self-pruning: a client of rank r adds λ · Σ ‖b[:, cut:]‖ · ‖a[cut:]‖ over the layers to its loss, with cut = ⌊gamma·r⌋.
 Where training has made this term of a layer smaller it leaves the tail out, keeps the rank that is left, and begins
@@ -13,7 +14,7 @@ all the same. In the first round b is zero, and the term with it: nothing is cut
 """
 
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import floor, isfinite
 
 import numpy as np
 from typing_extensions import override
@@ -21,6 +22,7 @@ from typing_extensions import override
 from fedpeft.adapters import Adapter, Array, Layout, LowRank, Tensors, Update
 from fedpeft.rules.base import MeanRule, ServerState, Task
 from fedpeft.rules.objective import Objective
+from fedpeft.rules.robust import ALMOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class HetLoRA(MeanRule):
 
     def _cut(self, rank: int) -> int:
         """Where the tail of a layer of this rank begins."""
-        return max(1, int(self.gamma * rank))
+        return max(1, floor(self.gamma * rank + ALMOST))
 
     @override
     def decode(self, mean: Tensors, state: ServerState) -> ServerState:

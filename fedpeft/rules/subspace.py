@@ -120,6 +120,8 @@ class Subspace(MeanRule):
             left, right = stack([(1.0, held)])
             new = orthogonal(np.hstack([left, q]), np.vstack([right, p.T]), x.rank, x.scale)
             layers[x.name] = as_kept(new, held)
+            if not p.any():  # nothing has changed: the last directions that are known stay
+                continue
             directions, _, _ = np.linalg.svd(p, full_matrices=False)
             memory[f"{x.name}/right"] = directions[:, : x.rank].astype(held.a.dtype)
         after = state.adapter.moved({n: mean[n] for n, _ in state.task.spec.dense})

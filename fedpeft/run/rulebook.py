@@ -4,7 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from fedpeft.config import Experiment, known_rules
@@ -23,13 +23,18 @@ LEGEND = (
     "low ranks: what a client of a low rank does with the directions that it can't train.",
     "server sees: the sum alone, or each client's answer; only with sums can the server be kept from seeing each.",
 )
+BYTES = (
+    "up, down: numbers of one layer of the experiment's model at the server's rank, the mean of its layers; and "
+    "bytes of one client in a round, dense leaves with them."
+)
+"""In place of the legend's first line where the table is of an experiment."""
 _BEGINS = re.compile(r"\d+\. |- |Sources?: |Sent\b|[a-z_0-9]+: ")
 _SOURCE = re.compile(r"arXiv:\d{4}\.\d{4,5}")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One rule. up, down: formulas, or bytes of a round for the model at hand; problem: why it can't be tried."""
+    """One rule. up, down: formulas, or numbers and bytes for the model at hand; problem: why it can't be tried."""
 
     name: str
     about: str
@@ -67,10 +72,8 @@ def rulebook(found: Experiment | None = None) -> list[Row]:
         known = facts(rule)
         up, down = known.up, known.down
         if start is not None and found is not None:
-            size = 8 if found.channel.exact else 4
-            each = numbers_up(rule, start.task)
-            up = _bytes(size * (each[-1] + each[-2]) // 2)
-            down = _bytes(4 * numbers_down(rule, start)) + (" + tail" if known.down.endswith("tail") else "")
+            up, down = _sized(rule, start, 8 if found.channel.exact else 4)
+            down += " + tail" if known.down.endswith("tail") else ""
         rows.append(Row(name, about, sources, known, up, down))
     return rows
 
@@ -165,6 +168,26 @@ def _start(found: Experiment) -> ServerState:
     here = without_data(found) if found.fleet.own_data else workshop(found.settings_json)
     start = here.trainer.start()
     return ServerState(Task(start.spec), start)
+
+
+def _sized(rule: MeanRule | ListRule, start: ServerState, width: int) -> tuple[str, str]:
+    """Up and down: numbers a layer, and bytes of all. width: bytes of a number on the way up."""
+    bare = replace(start.adapter, dense={})
+    layers = ServerState(Task(bare.spec), bare)
+    count = max(1, len(bare.layers))
+    told = []
+    for part, size in ((_up, width), (_down, 4)):
+        told.append(f"{part(rule, layers) // count:,}, {_bytes(size * part(rule, start))}")
+    return told[0], told[1]
+
+
+def _up(rule: MeanRule | ListRule, state: ServerState) -> int:
+    each = numbers_up(rule, state.task)
+    return (each[-1] + each[-2]) // 2
+
+
+def _down(rule: MeanRule | ListRule, state: ServerState) -> int:
+    return numbers_down(rule, state)
 
 
 def _bytes(count: int) -> str:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedpeft.adapters import Adapter, Array, LowRank, Update, same
+from fedpeft.adapters import Array, LowRank, Update, same
 from fedpeft.channel import PlainChannel, Running
 from fedpeft.rounds import Metrics, contribute
 from fedpeft.rules import MeanRule, Rule, ServerState
@@ -21,6 +21,7 @@ from fedpeft.testing.cohorts import (
     play,
     task_of,
     weights,
+    with_personal,
 )
 
 WIRE = 2e-6
@@ -171,7 +172,7 @@ def identity(case: Case) -> None:
 def _gets_its_own_back(case: Case, state: ServerState, off: float) -> None:
     [(client, (update, _))] = cohort(case.rule, state, (3,)).items()
     after = play(case.rule, state, {client: (update, 1.0)}).state
-    own = _with_personal(case.rule, after.adapter, update, state)
+    own = with_personal(case.rule, after.adapter, update, state)
     assert_near(computed(replace(after, adapter=own)), computed(replace(state, adapter=update.trained)), off)
 
 
@@ -184,20 +185,15 @@ def identity_of_low_ranks(case: Case) -> None:
         [(update, _)] = clients.values()
         after = play(rule, state, clients, ranks=numbered((rank,))).state
         if drops_the_rest(rule, state):
-            own = _with_personal(rule, rule.send(after, rank).adapter, update, state)
+            own = with_personal(rule, rule.send(after, rank).adapter, update, state)
             assert_near(weights(own), weights(update.trained), 10 * WIRE)
         else:
             want = computed(replace(rule.send(state, rank), adapter=update.trained))
             got = computed(after)
             if rule.personal(state.task.spec):
                 sent = rule.send(after, rank)
-                got = computed(replace(sent, adapter=_with_personal(rule, sent.adapter, update, state)))
+                got = computed(replace(sent, adapter=with_personal(rule, sent.adapter, update, state)))
             assert_near(got, want, 10 * WIRE)
-
-
-def _with_personal(rule: Rule, shared: Adapter, update: Update, state: ServerState) -> Adapter:
-    mine = update.trained.tensors()
-    return shared.put({n: mine[n] for n in rule.personal(state.task.spec)})
 
 
 def identical_clients(case: Case) -> None:

@@ -141,6 +141,12 @@ def weights(x: Adapter) -> dict[str, Array]:
     return {n: layer.scale * layer.b @ layer.a for n, layer in x.layers.items()} | dict(x.dense)
 
 
+def with_personal(rule: Rule, shared: Adapter, update: Update, state: ServerState) -> Adapter:
+    """What the client of this update runs: the shared adapter, with its own tensors as it has trained them."""
+    mine = update.trained.tensors()
+    return shared.put({n: mine[n] for n in rule.personal(state.task.spec)})
+
+
 def assert_near(x: Mapping[str, Array], y: Mapping[str, Array], atol: float) -> None:
     assert x.keys() == y.keys()
     for n, value in x.items():

@@ -14,6 +14,9 @@ def made(text):
     return experiment(tomllib.loads('[data]\nname = "wiki11"\n' + text))
 
 
+MODEL = {"model": {"name": "tiny-bert"}, "data": {"name": "wiki11"}}
+
+
 def test_everybody_trains_the_servers_rank_unless_the_file_says_otherwise():
     assert made("").ranks == Whole()
     assert made("").settings["ranks"] == {"name": "whole"}
@@ -95,6 +98,16 @@ def test_ranks_are_of_plain_lora(adapter, why):
         made(f'[adapter]\n{adapter}\n[ranks]\nname = "levels"\nlevels = [2]')
     made(f"[adapter]\n{adapter}")
     made('[adapter]\nmethod = "rslora"\n[ranks]\nname = "levels"\nlevels = [2]')
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi_krum"])
+def test_ranks_that_differ_are_not_for_rules_that_compare_whole_changes(rule):
+    ranks = {"name": "levels", "levels": [2, 4]}
+    with pytest.raises(
+        ConfigError, match=r"^ranks.name: got 'levels', and krum compares the lengths .* want ranks.name"
+    ):
+        experiment(MODEL | {"rule": {"name": rule}, "ranks": ranks})
+    assert experiment(MODEL | {"rule": {"name": rule}}).ranks.is_whole
 
 
 def test_hostile_clients_are_a_section_of_the_simulation():

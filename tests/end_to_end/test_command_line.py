@@ -109,6 +109,8 @@ def test_check_says_what_a_run_takes(experiment):
     for words in ("clients", "trained numbers", "up", "down", "memory"):
         assert words in result.output
     assert 'name = "fedit"' in result.output
+    assert "at most" not in result.output
+    assert "at most" in invoke("check", experiment, "-c", "ranks={name='levels',levels=[1,2]}").output
 
 
 @pytest.mark.parametrize(

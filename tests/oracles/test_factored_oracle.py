@@ -3,17 +3,7 @@
 import numpy as np
 import pytest
 
-from fedpeft.adapters import (
-    LowRank,
-    best_rank,
-    compress,
-    drift,
-    factored_svd,
-    orthogonal,
-    orthonormal,
-    stack,
-    top_svd,
-)
+from fedpeft.adapters import LowRank, best_rank, compress, drift, factored_svd, orthogonal, orthonormal, stack, top_svd
 
 RNG = np.random.default_rng(0)
 

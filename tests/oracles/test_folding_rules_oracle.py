@@ -161,6 +161,17 @@ def test_a_round_in_which_nothing_moves_leaves_no_tail():
         assert play(rule, state, {1: (Update(first, first), 1.0)}).state.tail == {}
 
 
+def test_a_fold_that_takes_the_whole_tail_away_leaves_none():
+    first = Adapter({"w": LowRank(np.eye(1, 7), np.eye(5, 1), 2.0)})
+    state = ServerState(Task(first.spec), first, {"w": LowRank(np.eye(1, 7), -4 * np.eye(5, 1), 1.0)})
+    trained = Adapter({"w": LowRank(np.eye(1, 7), 2 * np.eye(5, 1), 2.0)})
+    assert play(FLoRA(seed=0), state, {1: (Update(first, trained), 1.0)}).state.tail == {}
+    both = [Adapter({"w": LowRank(a * np.eye(1, 7), b * np.eye(5, 1), 2.0)}) for a, b in ((2, 2), (0, -2))]
+    state = replace(state, tail={"w": LowRank(np.eye(1, 7), -4 * np.eye(5, 1), 1.0)})
+    after = play(FedEx(), state, {n: (Update(first, x), 1.0) for n, x in enumerate(both)}).state
+    assert after.tail == {}  # the covariance is 2 · ½ · (1 · 2 + (−1) · (−2)) = 4
+
+
 @pytest.mark.parametrize("rule", [FLoRA(seed=0), FedEx()], ids=repr)
 def test_a_tail_with_a_scale_is_added_to_as_it_is(rule):
     tail = {"q": LowRank(np.ones((1, 5)), np.arange(7.0)[:, None], 3.0)}

@@ -268,3 +268,14 @@ def test_no_dense_matrix_is_formed_on_either_side():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 0.1 * d * k * 8, f"{peak / 1e6:.0f} MB; a dense fp64 matrix has {d * k * 8 / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_a_round_in_which_nothing_changes_keeps_the_directions_that_are_known(one_pass):
+    rule, first = Subspace(seed=1, one_pass=one_pass), begin()
+    state = play(rule, first, cohort(rule, first)).state
+    after = play(rule, state, {1: (Update(state.adapter, state.adapter), 1.0)}).state
+    assert len(after.memory) == 2
+    for name, x in after.memory.items():
+        np.testing.assert_array_equal(x, state.memory[name])
+    assert play(rule, first, {1: (Update(first.adapter, first.adapter), 1.0)}).state.memory == {}

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from fedpeft import cli
 from fedpeft.errors import DataError
 from fedpeft.report import (
     BaselineRecord,
@@ -110,6 +112,16 @@ def test_the_table_shows_mean_and_deviation(tmp_path: Path) -> None:
     assert told("accuracy", None) == "–"
     assert told("bytes_up", Spread(3e6, 2.0, 2)) == "3 MB"
     assert told("loss", Spread(0.5, 0.0125, 2)) == "0.500 ± 0.013"
+
+
+def test_no_cell_is_cut_in_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "console", Console(width=40))
+    runs = [str(small(tmp_path / name, 0.5, 1, rule={"name": name})) for name in ("fedit", "flexlora")]
+    shown = CliRunner().invoke(cli.app, ["compare", *runs, "--out", str(tmp_path / "c")]).output
+    assert "accuracy %" in shown
+    assert "flexlora" in shown
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines()[-6:-1])) <= 40  # what the heads mean is broken where the terminal ends
 
 
 def test_files_agree_with_one_another_and_are_the_same_each_time(tmp_path: Path, run: Make) -> None:

@@ -60,7 +60,7 @@ def test_a_terminal_shows_them_beside_the_shared_ones(tmp_path: Path) -> None:
     assert rows[0] == ["federated", "federated, tuned"]
     assert rows[1] == ["0.8000", "-"]
     assert rows[3] == ["0.7000", "0.6000"]  # of three with an accuracy, and of all four
-    assert [list(x.cells) for x in headline(run(tmp_path / "b", None).path).columns][0] == ["federated"]
+    assert list(headline(run(tmp_path / "b", None).path).columns[0].cells) == ["federated"]
 
 
 def test_without_them_nothing_is_told(tmp_path: Path) -> None:

@@ -23,6 +23,12 @@ def test_the_tail_begins_behind_gamma_times_the_rank_and_a_layer_keeps_one_direc
     assert objective.shift == {}
 
 
+def test_a_product_that_is_a_whole_number_but_for_rounding_is_that_number():
+    wide = Adapter({"w": LowRank(np.ones((100, 2)), np.ones((3, 100)), 1.0)})
+    assert 0.29 * 100 < 29
+    assert dict(HetLoRA(0.29).objective(Task(wide.spec), wide, {}).cuts) == {"w": 29}
+
+
 def test_the_tail_is_of_the_rank_that_the_client_has():
     assert dict(HetLoRA(0.5).objective(TASK, FIRST.cut(6), {}).cuts) == {"q": 3, "v": 2}
     assert HetLoRA().penalty == HetLoRA().objective(TASK, FIRST, {}).penalty == 1e-3

@@ -87,7 +87,19 @@ def test_a_narrow_terminal_leaves_out_what_rules_do(monkeypatch, rows):
         monkeypatch.setattr(cli, "console", Console(width=width))
         shown = CliRunner().invoke(app, ["rules"]).output
         assert ("what it does" in shown) is is_told
+        assert "numbers of one layer (d × k, rank R)" in shown
+        assert "bytes of one client" not in shown
         assert ("`fedpeft rules NAME`" in shown) is not is_told
+
+
+def test_with_an_experiment_the_command_speaks_of_bytes(monkeypatch, rows, tmp_path):
+    from fedpeft.run import rulebook as book
+
+    monkeypatch.setattr(book, "rulebook", lambda found: rows if found.adapter.rank == 3 else [])
+    (tmp_path / "x.toml").write_text("[data]\nname = 'wiki11'\n[adapter]\nrank = 3\n", encoding="utf8")
+    shown = CliRunner().invoke(app, ["rules", str(tmp_path / "x.toml")]).output
+    assert "bytes of one client" in shown
+    assert "numbers of one layer of the experiment's model" in shown
 
 
 def test_bytes_are_those_of_the_model_at_hand():
@@ -95,14 +107,14 @@ def test_bytes_are_those_of_the_model_at_hand():
     by_name = {x.name: x for x in rulebook(found)}
     layers = {"query": (24, 24), "intermediate.dense": (40, 24)}
     head = 11 * 24 + 11
-    both = 2 * sum(4 * (d + k) for d, k in layers.values()) + head
-    left = 2 * sum(4 * d for d, _ in layers.values()) + head
-    assert by_name["fedit"].up == f"{4 * both / 1e3:.3g} kB" == by_name["fedit"].down
-    assert by_name["ffa"].up == f"{4 * left / 1e3:.3g} kB" == by_name["ffa"].down
-    assert by_name["rolora"].up == f"{4 * (both + head) / 2 / 1e3:.3g} kB"
-    assert by_name["flora"].down == f"{4 * both / 1e3:.3g} kB + tail"
+    wide, tall = (4 * sum(sum(x) for x in layers.values()) // 2, 4 * sum(d for d, _ in layers.values()) // 2)
+    both, left = 4 * wide + head, 4 * tall + head  # two blocks, each with both layers
+    assert by_name["fedit"].up == f"{wide}, {4 * both / 1e3:.3g} kB" == by_name["fedit"].down
+    assert by_name["ffa"].up == f"{tall}, {4 * left / 1e3:.3g} kB" == by_name["ffa"].down
+    assert by_name["rolora"].up == f"{wide // 2}, {4 * (both + head) / 2 / 1e3:.3g} kB"
+    assert by_name["flora"].down == f"{wide}, {4 * both / 1e3:.3g} kB + tail"
     exact = {x.name: x for x in rulebook(experiment(SETTINGS | {"channel": {"exact": True}}))}
-    assert exact["fedit"].up == f"{8 * both / 1e3:.3g} kB"
+    assert exact["fedit"].up == f"{wide}, {8 * both / 1e3:.3g} kB"
 
 
 def test_the_command_prints_the_table_and_pages():
