@@ -32,13 +32,26 @@ def test_deployed_nodes_of_a_numpy_model_end_in_the_adapter_of_the_in_process_gr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["fedsa"])  # with state that each client keeps, and constants that travel once
-def test_a_deployed_experiment_ends_in_the_adapter_of_the_in_process_run(tmp_path: Path, rule: str) -> None:
-    changes = [f"rule.name={rule}"]
-    with fleet(tmp_path / "flower", NODES) as flower:
-        config = {"experiment": str(EXPERIMENT), "changes": ";".join(changes), "folder": str(tmp_path / "deployed")}
+@pytest.mark.parametrize(
+    ("rule", "nodes", "said", "listed"),
+    [
+        ("fedsa", NODES, "ranks.name=whole", "ranks.name=whole"),  # with state that each client keeps, and constants
+        (
+            "subspace",  # in two passes, with ranks that the nodes say for themselves
+            tuple(f"{node} rank={rank}" for node, rank in zip(NODES, (1, 3), strict=True)),
+            "ranks={name='memory', levels=[1, 2, 3]}; rounds=1; evaluation.clients=false",
+            "ranks={name='listed', by_client=[1, 3]}; rounds=1; evaluation.clients=false",
+        ),
+    ],
+)
+def test_a_deployed_experiment_ends_in_the_adapter_of_the_in_process_run(
+    tmp_path: Path, rule: str, nodes: tuple[str, ...], said: str, listed: str
+) -> None:
+    with fleet(tmp_path / "flower", nodes) as flower:
+        changes = f"rule.name={rule}; {said}"
+        config = {"experiment": str(EXPERIMENT), "changes": changes, "folder": str(tmp_path / "deployed")}
         flower.run(ROOT, config, seconds=400)
-    run_in_process(tmp_path / "here", changes)
+    run_in_process(tmp_path / "here", [f"rule.name={rule}", *listed.split("; ")])
     left, right = adapter_of(tmp_path / "deployed"), adapter_of(tmp_path / "here")
     assert left.keys() == right.keys()
     for name, x in left.items():
