@@ -124,7 +124,7 @@ def test_check_says_what_a_run_takes(experiment):
         ("data.label=colour", ConfigError, "data.label"),
         ("partition.clients=4000", ConfigError, "partition"),
         ("training.length=100000", ConfigError, "training.length"),
-        ("rule.name=krum", ConfigError, "rule.name"),
+        ("rule.name=fedavg", ConfigError, "rule.name"),
     ],
 )
 def test_check_refuses_what_cannot_run_and_names_the_key(experiment, change, kind, message):
