@@ -28,7 +28,7 @@ from fedpeft.rules import FactorMean, FlexLoRA, ListRule, MeanRule, ServerState,
 from fedpeft.run import workshop
 
 HERE = Path(__file__).parent
-LR = 8e-3
+LR = 6e-3
 ROUNDS = 20
 SMALLEST = 2
 COLLAPSE: Mapping[str, MeanRule | ListRule] = {

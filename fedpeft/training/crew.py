@@ -91,6 +91,9 @@ class Crew:
         try:
             request, result = line.recv()
         except (EOFError, OSError) as error:
+            for worker in self._workers:  # its line is closed before the process is seen to have ended
+                if worker.line is line:
+                    worker.process.join(_PATIENCE)
             why = f"its worker process ended ({type(error).__name__})"
             lost: dict[int, Result] = {i: Failed(f"client {items[i].client}: {why}") for i in left}
             left.clear()

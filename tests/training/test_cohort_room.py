@@ -68,7 +68,7 @@ def test_the_state_in_memory_is_of_twice_a_group(words, monkeypatch):
     _, cohort = words
     rows = []
     room = engine.Pool.train.__globals__["Members"].room
-    monkeypatch.setattr(engine.Pool.train.__globals__["Members"], "room", lambda *a: rows.append(a[-1]) or room(*a))
+    monkeypatch.setattr(engine.Pool.train.__globals__["Members"], "room", lambda *a: rows.append(a[4]) or room(*a))
     assert len(list(cohort.sized(2, 1).train_many(jobs(cohort)))) == 6
     assert len(list(cohort.sized(5, 1).train_many(jobs(cohort)))) == 6
     assert rows == [4, 6]
