@@ -122,6 +122,7 @@ def draw(found: dict[str, list[History]], file: Path, title: str) -> None:
         xscale="log", xlabel="MB up and down, all clients and rounds", ylabel="accuracy, central test set", title=title
     )
     ax.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    file.parent.mkdir(exist_ok=True)
     figure.savefig(file, metadata={"Date": None})
 
 

@@ -52,7 +52,7 @@ class ServerState:
     def is_finite(self) -> bool:
         """Whether no number that the model runs with is NaN or infinite, as one too large for its dtype becomes."""
         each = [*self.adapter.tensors().values(), *Adapter(self.tail).tensors().values()]
-        return all(bool(np.isfinite(x).all()) for x in each)
+        return all(np.isfinite(x).all() for x in each)
 
     def next(self, adapter: Adapter) -> Self:
         """The state at the start of the next round, with this adapter."""

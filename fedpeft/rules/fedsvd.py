@@ -57,5 +57,5 @@ class FedSVD(MeanRule):
 def _completed(x: LowRank, a: Array) -> LowRank:
     """The same ΔW, and every direction of ``a`` (R, k) in its own a: above rank d the product has fewer than it had."""
     d = len(x.b)
-    more = orthonormal(a.T.astype(np.float64), x.a[:d].T).T
+    more = orthonormal(a.T.astype(np.float64), x.a.T).T
     return replace(x, a=np.vstack([x.a[:d], more, x.a[d + len(more) :]]))

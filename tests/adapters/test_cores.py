@@ -27,6 +27,11 @@ def test_a_layer_is_the_sum_of_its_cores_between_their_directions():
     assert BASIS.lefts.shape == (2, D, 2)
 
 
+def test_a_pair_has_each_factor_in_the_dtype_of_its_own_directions():
+    mixed = Basis(LEFT.astype(np.float32), RIGHT, AT).pair(CORES, 3.0)
+    assert (mixed.b.dtype, mixed.a.dtype) == (np.float32, np.float64)
+
+
 def test_a_b_tells_its_cores_and_nothing_that_is_not_between_the_directions():
     b = BASIS.b(CORES)
     assert b.shape == (D, 4)

@@ -16,6 +16,7 @@ DENSE = ["head", "bias", "gate"]
         (FFA, ["b"] * 5, ["b"] * 5),
         (ROLORA, ["b", "a", "b", "a", "b"], ["b", "a", "b", "a", "b"]),
         (FEDSA, ["a"] * 5, ["ab"] * 5),
+        (FactorMean(("a", "b", "ab")), ["a", "b", "ab", "a", "b"], ["a", "b", "ab", "a", "b"]),
         (FactorMean(("b", "b", "ab")), ["b", "b", "ab", "b", "b"], ["b", "b", "ab", "b", "b"]),
     ],
     ids=repr,

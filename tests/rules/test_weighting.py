@@ -35,6 +35,11 @@ def test_no_weight_is_above_the_largest(weighting, largest):
 
 
 @pytest.mark.parametrize("weighting", [Examples, SquareRoot])
+def test_a_cap_of_one_makes_all_who_train_equal(weighting):
+    assert weighting(1).weight(7) == weighting(1).largest == 1.0
+
+
+@pytest.mark.parametrize("weighting", [Examples, SquareRoot])
 @pytest.mark.parametrize("cap", [0, -4])
 def test_a_cap_below_one_is_refused(weighting, cap):
     with pytest.raises(ValueError, match=f"^cap: got {cap}; want at least 1$"):

@@ -77,3 +77,9 @@ def test_a_tail_that_can_not_be_is_refused(rule, options, message):
 def test_a_rule_of_ones_own_promises_nothing():
     assert not TwoPasses().is_change
     assert not TwoPasses().tells_factors
+
+
+def test_only_scaffold_needs_steps_along_gradients():
+    assert {name for name, rule in RULES.items() if rule.needs_sgd is not False} == {
+        name for name in RULES if name.startswith("scaffold")
+    }
