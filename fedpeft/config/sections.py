@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
+from math import floor, inf
 from typing import Literal
 
 from fedpeft.config.timing import kinds
@@ -83,6 +83,10 @@ class Hostile:
             raise ValueError(f"share: got {self.share}; want more than 0 and less than 1")
         if not 0 < self.strength < inf:
             raise ValueError(f"strength: got {self.strength}; want more than 0")
+
+    def count(self, clients: int) -> int:
+        """How many of so many clients are hostile."""
+        return floor(self.share * clients + 1e-9)
 
 
 @dataclass(frozen=True, slots=True)

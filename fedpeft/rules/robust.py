@@ -68,11 +68,15 @@ class Krum(FactorList):
     def __post_init__(self) -> None:
         _check_share(self.share)
 
+    def hostile(self, count: int) -> int:
+        """f: how many of so many clients may be hostile."""
+        return floor(self.share * count + ALMOST)
+
     @override
     def decode(self, encodings: Encodings, state: ServerState) -> ServerState:
         layout = self.layout(state.task)
         count = len(encodings)
-        hostile = floor(self.share * count + ALMOST)
+        hostile = self.hostile(count)
         if hostile and count <= 2 * hostile + 2:
             raise ProtocolError(
                 f"too few answers for Krum: got {count}, of which {hostile} may be hostile (rule.share); "

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import floor
 
 import numpy as np
 
@@ -20,7 +19,7 @@ def is_hostile(found: Experiment, client: int, clients: int) -> bool:
     terms = found.simulation.hostile
     if terms is None:
         return False
-    return place(client, clients, derive(found.seed, "hostile")) < floor(terms.share * clients + 1e-9)
+    return place(client, clients, derive(found.seed, "hostile")) < terms.count(clients)
 
 
 def simulated(settings_json: str, node_config: Mapping[str, Scalar]) -> Participant:

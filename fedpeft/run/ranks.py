@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import floor
 from typing import TYPE_CHECKING
 
 from fedpeft.adapters import Spec
@@ -81,7 +80,7 @@ def check_clients(found: Experiment, clients: int) -> None:
     """Raise ConfigError, naming the key, for what can't be run with so many clients."""
     found.ranks.check(clients)
     terms = found.simulation.hostile
-    if terms is not None and floor(terms.share * clients + 1e-9) < 1:
+    if terms is not None and terms.count(clients) < 1:
         raise ConfigError(
             f"simulation.hostile.share: got {terms.share:g}, which is less than one of {clients} clients; want more, "
             f"or [simulation.hostile] left out"
@@ -89,7 +88,7 @@ def check_clients(found: Experiment, clients: int) -> None:
     rule, name = inner(found.rule), found.settings["rule"]["name"]
     if isinstance(rule, Krum):
         cohort = found.selection.wanted(clients)
-        hostile = floor(rule.share * cohort + 1e-9)  # as the rule counts
+        hostile = rule.hostile(cohort)
         if hostile and cohort <= 2 * hostile + 2:
             raise ConfigError(
                 f"rule.share: got {rule.share:g}, which is {hostile} of a round's {cohort} clients, and {name} wants "
