@@ -90,6 +90,14 @@ class Rule(ABC):
         return False
 
     @property
+    def hides_ranks(self) -> bool:
+        """Whether a client of any rank fills the same places of its encoding, so that no part of a sum is of few.
+
+        Where it is false, those with the largest rank are alone in the directions that the others lack.
+        """
+        return False
+
+    @property
     def fewest_rounds(self) -> int:
         """How many rounds a run needs to get beyond what the rule begins with."""
         return 1

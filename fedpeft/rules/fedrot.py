@@ -57,12 +57,12 @@ class FedRot(MeanRule):
         return update.factors("ab", task.spec) | update.dense()
 
     def _turned(self, new: LowRank, old: LowRank, round: int) -> LowRank:
-        if round == 0 or (np.array_equal(new.a, old.a) and np.array_equal(new.b, old.b)):
+        if round == 0 or ((new.a == old.a).all() and (new.b == old.b).all()):
             return new
         a, b = new.a.astype(np.float64), new.b.astype(np.float64)
         turn = _rotation(a @ old.a.T if round % 2 else b.T @ old.b)
         if self.strength < 1:
-            turn = _rotation((1 - self.strength) * np.eye(new.rank) + self.strength * turn)
+            turn = _rotation((1 - self.strength) * np.eye(len(turn)) + self.strength * turn)
         return replace(new, a=turn.T @ a, b=b @ turn)
 
     @override
@@ -77,6 +77,6 @@ class FedRot(MeanRule):
 def _rotation(x: Array) -> Array:
     """The rotation nearest to x (r, r): orthogonal, and of determinant 1."""
     u, _, vt = np.linalg.svd(x + TIE * np.linalg.norm(x) * np.eye(len(x)))
-    last = np.sign(np.linalg.det(u) * np.linalg.det(vt))
-    turn: Array = np.hstack([u[:, :-1], last * u[:, -1:]]) @ vt
+    nearest = u @ vt
+    turn: Array = nearest - (1 - np.linalg.det(nearest)) * np.outer(u[:, -1], vt[-1])  # what a reflection has too much
     return turn

@@ -105,8 +105,8 @@ def core_changes(update: Update, task: Task) -> dict[str, Array]:
             )
         basis = held[layer.name]
         whole = np.zeros((layer.rank, layer.rank))
-        for at, core in zip(basis.at, basis.cores(change[f"{layer.name}/b"][:, : basis.at.size]), strict=True):
-            whole[np.ix_(at, at)] = core
+        [at], [core] = basis.at, basis.cores(change[f"{layer.name}/b"][:, : basis.at.size])
+        whole[np.ix_(at, at)] = core
         out[layer.name] = whole
     return out
 
@@ -121,7 +121,8 @@ def singular(x: LowRank, at: NDArray[np.integer[Any]]) -> tuple[Basis, Array]:
     """A layer's singular directions, (h, r) of them at each core, and its cores (h, r, r): they are diagonal."""
     u, s, vt = factored_svd(*stack([(1.0, x)]))
     pair = as_kept(LowRank(vt, u, x.scale).pad(x.rank), x)
-    values = np.pad(s / x.scale, (0, x.rank - len(s)))
+    values = np.zeros(x.rank)
+    values[: len(s)] = s / x.scale
     return Basis(pair.b, pair.a, at), values[at][:, :, None] * np.eye(at.shape[1])
 
 
@@ -133,4 +134,4 @@ def _ready(state: ServerState) -> ServerState:
         if layer.name not in held:
             at = np.arange(layer.rank)[None]
             new[layer.name], cores[layer.name] = singular(state.adapter.layers[layer.name], at)
-    return replace(state, adapter=cored(state.adapter, new, cores)) if new else state
+    return replace(state, adapter=cored(state.adapter, new, cores))

@@ -15,11 +15,12 @@ all the same. In the first round b is zero, and the term with it: nothing is cut
 
 from dataclasses import dataclass, replace
 from math import floor, isfinite
+from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
-from fedpeft.adapters import Adapter, Array, Layout, LowRank, Tensors, Update
+from fedpeft.adapters import Adapter, Layout, LowRank, Tensors, Update
 from fedpeft.rules.base import MeanRule, ServerState, Task
 from fedpeft.rules.objective import Objective
 from fedpeft.rules.robust import ALMOST
@@ -59,8 +60,8 @@ class HetLoRA(MeanRule):
 
     @override
     def keep(self, update: Update, task: Task, own: Tensors) -> Tensors:
-        left = {n: self._kept(update, n) for n in update.trained.layers}
-        cut = {f"{n}/rank": np.array(r, np.float64) for n, r in left.items() if r < update.trained.layers[n].rank}
+        left = {x.name: self._kept(update, x.name) for x in task.spec.layers}
+        cut = {f"{n}/rank": np.array(r, np.float64) for n, r in left.items() if r < update.received.layers[n].rank}
         return {**own, **cut}
 
     @override
@@ -70,7 +71,7 @@ class HetLoRA(MeanRule):
 
     @override
     def encode(self, update: Update, task: Task) -> Tensors:
-        out: dict[str, Array] = dict(update.factors("ab", task.spec))
+        out = update.factors("ab", task.spec)
         for x in task.spec.layers:
             rank = self._kept(update, x.name)
             norm = update.trained.layers[x.name].cut(rank).norm
@@ -104,6 +105,6 @@ class HetLoRA(MeanRule):
         return state.next(state.adapter.moved(change))
 
 
-def _size(last: LowRank) -> float:
+def _size(last: LowRank) -> np.floating[Any]:
     a, b = last.a.astype(np.float64), last.b.astype(np.float64)
-    return float(np.linalg.norm(b) * np.linalg.norm(a))
+    return np.linalg.norm(b) * np.linalg.norm(a)

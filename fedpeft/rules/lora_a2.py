@@ -16,9 +16,10 @@ no position tells the server who chose what; as many down. It needs nothing but 
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import DTypeLike
 from typing_extensions import override
 
-from fedpeft.adapters import Array, Layout, Spec, Tensors, Update
+from fedpeft.adapters import Array, Layout, LowRank, Tensors, Update
 from fedpeft.rules.base import Broadcast, MeanRule, ServerState, Task
 
 FACTORS = "ba"
@@ -41,7 +42,7 @@ class LoRAA2(MeanRule):
 
     @override
     def trains(self, task: Task) -> str:
-        return FACTORS[task.round % 2]
+        return FACTORS[task.round % len(FACTORS)]
 
     @override
     def layout(self, task: Task) -> Layout:
@@ -49,16 +50,17 @@ class LoRAA2(MeanRule):
 
     @override
     def encode(self, update: Update, task: Task) -> Tensors:
-        if not task.spec.layers:  # they all stay on the client
-            return update.dense()
         part = self.trains(task)
         change = update.factors(part, task.spec)
-        allowed = sum(min(int(task.shared["rank"][0]), x.rank) for x in task.spec.layers)
-        scores = np.concatenate([_scores(update, x.name, part, change[f"{x.name}/{part}"]) for x in task.spec.layers])
-        chosen = np.zeros(len(scores), bool)
-        chosen[np.argsort(-scores)[:allowed]] = True
-        for x, mine in zip(task.spec.layers, _split(chosen, task.spec), strict=True):
-            name = f"{x.name}/{part}"
+        [rank] = task.shared["rank"]
+        allowed = sum(min(int(rank), x.rank) for x in task.spec.layers)
+        each = Layout(tuple((x.name, (x.rank,)) for x in task.spec.layers))
+        held = update.received.layers
+        scores = each.flatten({n: _scores(held[n], part, change[f"{n}/{part}"]) for n, _ in each.shapes})
+        chosen = np.zeros(len(scores))
+        chosen[np.argsort(-scores)[:allowed]] = 1
+        for n, mine in each.unflatten(chosen).items():
+            name = f"{n}/{part}"
             change[name] = change[name] * (mine[:, None] if part == "a" else mine)
         return change | update.dense()
 
@@ -70,18 +72,14 @@ class LoRAA2(MeanRule):
     def send(self, state: ServerState, rank: int) -> Broadcast:
         """The whole adapter, whatever the rank, which is told."""
         most = max((x.rank for x in state.task.spec.layers), default=0)
-        kind = next((x.a.dtype for x in state.adapter.layers.values()), np.dtype(np.float32))
+        kind: DTypeLike = next((x.a.dtype for x in state.adapter.layers.values()), np.float32)
         shared = {"rank": np.array([min(rank, most)], kind)}
         return Broadcast(replace(state.task, shared=shared), state.adapter, state.tail)
 
 
-def _scores(update: Update, name: str, part: str, change: Array) -> Array:
+def _scores(held: LowRank, part: str, change: Array) -> Array:
     """How far each direction of a layer has moved its ΔW, (r,), in Frobenius norm."""
-    held = update.received.layers[name]
     other = np.linalg.norm(held.a, axis=1) if part == "b" else np.linalg.norm(held.b, axis=0)
     moved = np.linalg.norm(change, axis=0 if part == "b" else 1)
-    return np.asarray(abs(held.scale) * moved * other)
-
-
-def _split(chosen: Array, spec: Spec) -> list[Array]:
-    return np.split(chosen, np.cumsum([x.rank for x in spec.layers])[:-1])
+    scores: Array = abs(held.scale) * moved * other
+    return scores

@@ -42,14 +42,14 @@ def personal(rule: MeanRule | ListRule, tensors: tuple[str, ...]) -> MeanRule | 
 def chosen(tensors: tuple[str, ...], spec: Spec) -> frozenset[str]:
     """The tensors of an adapter that these globs name. Raises ConfigError for a glob that names none."""
     names = [n for n, _ in (spec.factors("ab") + spec.leaves).shapes]
-    found: set[str] = set()
+    found: frozenset[str] = frozenset()
     for glob in tensors:
         some = {n for n in names if fnmatchcase(n, glob) or fnmatchcase(n, f"*.{glob}")}
         if not some:
-            near = get_close_matches(glob, names, n=3, cutoff=0.0)
+            near = get_close_matches(glob, names, cutoff=0.0)
             raise ConfigError(f"personal.tensors: {glob!r} names no tensor; the nearest are {', '.join(near)}")
         found |= some
-    return frozenset(found)
+    return found
 
 
 class Hiding(Rule):
@@ -72,6 +72,11 @@ class Hiding(Rule):
     @override
     def needs_sgd(self) -> bool:
         return self.rule.needs_sgd
+
+    @property
+    @override
+    def hides_ranks(self) -> bool:
+        return self.rule.hides_ranks
 
     @property
     @override
@@ -150,7 +155,8 @@ class Hiding(Rule):
         """Raise ConfigError for tensors that can't be personal with this rule."""
         hidden = chosen(self.tensors, spec)
         rest = _shown_spec(spec, hidden)
-        single = sorted(n for n, _ in rest.factors("ab").shapes if n in hidden)
+        names = {n for n, _ in (rest.factors("ab") + rest.leaves).shapes}
+        single = sorted(names & hidden)
         if single and not isinstance(self.rule, FactorMean):
             raise ConfigError(
                 f"personal.tensors: {single[0]} is one factor of a layer, and rule.name's {type(self.rule).__name__} "
@@ -168,7 +174,6 @@ class Hiding(Rule):
                 f"personal.tensors: {never[0]} is never trained by the rule, so that it would be no client's own; "
                 f"leave it out, or use fedit"
             )
-        names = {n for n, _ in (rest.factors("ab") + rest.leaves).shapes}
         if names <= hidden | self.rule.constant(rest):
             raise ConfigError(
                 f"personal.tensors: got {', '.join(self.tensors)}, which leaves nothing for the clients to share; "

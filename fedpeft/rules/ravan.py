@@ -48,28 +48,33 @@ class Ravan(MeanRule):
     def tells_factors(self) -> bool:
         return True
 
+    @property
+    @override
+    def hides_ranks(self) -> bool:
+        return self.heads == 1  # of which everybody trains all
+
     @override
     def trains(self, task: Task) -> str:
         return "heads"
 
     @override
     def layout(self, task: Task) -> Layout:
-        sizes = {x.name: self._sizes(x) for x in task.spec.layers}
+        sizes = {x.name: self.sizes(x) for x in task.spec.layers}
         cores = tuple((f"{n}/core", (h, r, r)) for n, (h, r) in sizes.items())
         return Layout(cores + tuple((f"{n}/lacks", (h,)) for n, (h, _) in sizes.items())) + task.spec.leaves
 
     @override
     def encode(self, update: Update, task: Task) -> Tensors:
         held, change = bases(update.received), update.factors("b", task.spec)
-        out = dict(update.dense())
+        out = update.dense()
         for layer in task.spec.layers:
-            heads, width = self._sizes(layer)
+            heads, width = self.sizes(layer)
             if layer.name not in held or held[layer.name].at.shape[1] != width:
                 raise ValueError(
                     f"{layer.name}: got no heads of {width} directions; want them as the server sends them"
                 )
             basis = held[layer.name]
-            mine = basis.at[:, 0] // width
+            mine = basis.at.min(axis=1) // width
             cores, lacks = np.zeros((heads, width, width)), np.ones(heads)
             cores[mine] = basis.cores(change[f"{layer.name}/b"][:, : basis.at.size])
             lacks[mine] = 0
@@ -78,7 +83,7 @@ class Ravan(MeanRule):
 
     @override
     def decode(self, mean: Tensors, state: ServerState) -> ServerState:
-        state = _ready(state, self.heads, self.seed)
+        state = _ready(state, self)
         change = {n: x for n, x in mean.items() if n in state.adapter.dense}
         for name, basis in bases(state.adapter).items():
             held = 1 - mean[f"{name}/lacks"]
@@ -88,7 +93,7 @@ class Ravan(MeanRule):
 
     @override
     def send(self, state: ServerState, rank: int) -> Broadcast:
-        state = _ready(state, self.heads, self.seed)
+        state = _ready(state, self)
         tail, mine, blocks = dict(state.tail), dict[str, Basis](), dict[str, Array]()
         for name, basis in bases(state.adapter).items():
             layer, (heads, width) = state.adapter.layers[name], basis.at.shape
@@ -103,14 +108,14 @@ class Ravan(MeanRule):
                 tail[name] = tail[name].join(other) if name in tail else other
         return Broadcast(state.task, cored(state.adapter, mine, blocks), tail)
 
-    def _sizes(self, layer: Layer) -> tuple[int, int]:
+    def sizes(self, layer: Layer) -> tuple[int, int]:
         """How many heads a layer has, and the directions of each."""
         heads = gcd(self.heads, layer.rank)
         return heads, layer.rank // heads
 
 
 @lru_cache(maxsize=1)
-def _ready(state: ServerState, heads: int, seed: int) -> ServerState:
+def _ready(state: ServerState, rule: Ravan) -> ServerState:
     """The state with each layer in core form, if it is not yet; the same ΔW.
 
     On random directions where ΔW is zero, as LoRA begins; on its singular ones where it is not.
@@ -119,16 +124,16 @@ def _ready(state: ServerState, heads: int, seed: int) -> ServerState:
     for i, layer in enumerate(state.task.spec.layers):
         if layer.name in held:
             continue
-        x, count = state.adapter.layers[layer.name], gcd(heads, layer.rank)
-        at = np.arange(layer.rank).reshape(count, -1)
+        x, (heads, width) = state.adapter.layers[layer.name], rule.sizes(layer)
+        at = np.arange(layer.rank).reshape(heads, width)
         if x.b.any():
             new[layer.name], cores[layer.name] = singular(x, at)
             continue
-        rng = np.random.default_rng([seed, i])
+        rng = np.random.default_rng([rule.seed, i])
         left, right = (_directions(rng, size, at) for size in (layer.d, layer.k))
         new[layer.name] = Basis(left.astype(x.b.dtype), right.T.astype(x.a.dtype), at)
-        cores[layer.name] = np.zeros((count, at.shape[1], at.shape[1]))
-    return replace(state, adapter=cored(state.adapter, new, cores)) if new else state
+        cores[layer.name] = np.zeros((heads, width, width))
+    return replace(state, adapter=cored(state.adapter, new, cores))
 
 
 def _directions(rng: np.random.Generator, size: int, at: NDArray[np.integer[Any]]) -> Array:

@@ -86,13 +86,13 @@ class Scaffold(MeanRule):
 
     @override
     def encode(self, update: Update, task: Task) -> Tensors:
-        return dict(self.below.encode(update, task)) | self._moves(update, task)
+        return {**self.below.encode(update, task), **self._moves(update, task)}
 
     @override
     def keep(self, update: Update, task: Task, own: Tensors) -> Tensors:
-        dtypes = {f"control/{n}": x.dtype for n, x in update.trained.tensors().items()}
+        dtypes = {f"control/{n}": x.dtype for n, x in update.received.tensors().items()}
         moves = self._moves(update, task)
-        return dict(own) | {n: (own.get(n, 0.0) + x).astype(dtypes[n]) for n, x in moves.items()}
+        return {**own, **{n: (own.get(n, 0.0) + x).astype(dtypes[n]) for n, x in moves.items()}}
 
     def _moves(self, update: Update, task: Task) -> dict[str, Array]:
         """How c_i changes: (x − y) / travel − c, zero in directions that the client doesn't hold."""

@@ -64,6 +64,11 @@ class Subspace(MeanRule):
 
     @property
     @override
+    def hides_ranks(self) -> bool:
+        return True
+
+    @property
+    @override
     def passes(self) -> int:
         return 1 if self.one_pass else 2
 

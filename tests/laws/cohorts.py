@@ -62,6 +62,11 @@ class TwoPasses(MeanRule):
     def passes(self) -> int:
         return 2
 
+    @property
+    @override
+    def hides_ranks(self) -> bool:
+        return True
+
     @override
     def layout(self, task: Task) -> Layout:
         if task.pass_ == 0:

@@ -11,7 +11,7 @@ import pytest
 
 from fedpeft.adapters import Adapter, LowRank, Update
 from fedpeft.channel import PlainChannel
-from fedpeft.rules import FactorMean, HetLoRA, ServerState, Task, ZeroPad
+from fedpeft.rules import FactorMean, HetLoRA, Scaffold, ServerState, Task, ZeroPad
 from fedpeft.rules.factors import lacking
 from tests.laws.cohorts import LAYERS, RBLA, cohort, play, start
 
@@ -92,7 +92,7 @@ def test_a_share_of_holders_that_is_rounding_moves_nothing(cycle, held, is_held)
         np.testing.assert_allclose(moved[part], want, rtol=1e-12, atol=1e-12)  # 1 / held is 1e9, and a share 1e-9
 
 
-@pytest.mark.parametrize("rule", [ZeroPad(), RBLA], ids=repr)
+@pytest.mark.parametrize("rule", [ZeroPad(), RBLA, HetLoRA(), Scaffold()], ids=repr)
 def test_the_mean_that_is_decoded_stays_as_it_was(rule):
     state = start()
     mean = {n: np.full(shape, 0.25) for n, shape in rule.layout(state.task).shapes}
@@ -153,6 +153,33 @@ def test_hetlora_with_one_factor_at_zero_moves_nothing_since_no_client_has_a_siz
     np.testing.assert_array_equal(after.layers["w"].a, layer.a)
     np.testing.assert_array_equal(after.layers["w"].b, layer.b)
     np.testing.assert_allclose(after.dense["head"], trained.dense["head"])
+
+
+def test_hetlora_with_clients_of_a_small_size_moves_as_with_others():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(2, 5)), rng.normal(size=(4, 2))
+    first = Adapter({"w": LowRank(0.1 * a, 0.1 * b, 1.0)})
+    trained = [Adapter({"w": LowRank(0.1 * a + x, -0.2 * b, 1.0)}) for x in (0.02, -0.05)]
+    x, y = (w * np.linalg.norm(t.layers["w"].product()) for w, t in zip((1, 3), trained, strict=True))
+    assert 0 < (x + y) / 4 < 1
+    state = ServerState(Task(first.spec), first)
+    clients = {i: (Update(first, t), w) for i, (t, w) in enumerate(zip(trained, (1.0, 3.0), strict=True))}
+    after = play(HetLoRA(gamma=1.0), state, clients, EXACT).state.adapter.layers["w"]
+    np.testing.assert_allclose(after.a, 0.1 * a + (0.02 * x - 0.05 * y) / (x + y), atol=1e-14)
+    np.testing.assert_allclose(after.b, -0.2 * b, atol=1e-14)
+
+
+@pytest.mark.parametrize("total", [0.0, -0.25, float("nan")])
+def test_hetlora_moves_no_factor_by_a_mean_whose_norms_are_nothing_but_noise(total):
+    """As where a channel adds noise to zeros: then neither the norms nor the changes say anything."""
+    rule, state = HetLoRA(), start()
+    mean = {n: np.full(shape, 0.5) for n, shape in rule.layout(state.task).shapes} | {"q/norm": np.full(3, total)}
+    after = rule.decode(mean, state).adapter
+    before = state.adapter
+    for part in "ab":
+        np.testing.assert_array_equal(getattr(after.layers["q"], part), getattr(before.layers["q"], part))
+    np.testing.assert_allclose(after.layers["v"].b, before.layers["v"].b + 1, rtol=1e-14)
+    np.testing.assert_allclose(after.dense["head"], before.dense["head"] + 0.5, rtol=1e-14)
 
 
 def pruned(rank, gamma, change):

@@ -252,6 +252,31 @@ def test_variates_have_the_dtype_of_their_tensors(dtype):
         assert all(x.dtype == dtype for x in (*state.memory.values(), *kept[0].values()))
 
 
+def test_a_variate_keeps_the_dtype_of_what_the_client_received_whatever_it_trains_in():
+    state = start(np.float16)
+    update = Update(state.adapter, start(np.float64).adapter, 0.5)
+    assert {x.dtype for x in Scaffold().keep(update, state.task, {}).values()} == {np.dtype(np.float16)}
+
+
+def test_what_is_added_to_a_gradient_is_not_rounded_to_the_variates_dtype():
+    state = start(np.float16)
+    control = {f"control/{n}": x for n, x in state.adapter.tensors().items()}
+    server, own = ({n: np.full_like(x, v) for n, x in control.items()} for v in (1, 2**-12))
+    assert np.float16(1) - np.float16(2**-12) == 1
+    for x in Scaffold().objective(Task(state.task.spec, shared=server), state.adapter, own).shift.values():
+        np.testing.assert_array_equal(x, np.full(x.shape, 1 - 2**-12))
+
+
+def test_directions_that_training_gave_up_have_gone_all_the_way_to_zero():
+    first = start().adapter
+    shared = {f"control/{n}": np.full(s, 3.0) for n, s in SIZES.items()}
+    trained = replace(first, layers={"w": first.layers["w"].cut(1)})
+    sent = Scaffold().encode(Update(first, trained, 0.5), Task(first.spec, shared=shared))
+    want = {"w/a": first.layers["w"].a * [[0], [2]] - 3, "w/b": first.layers["w"].b * [0, 2] - 3}
+    for n, x in want.items():
+        np.testing.assert_allclose(sent[f"control/{n}"], x, atol=ROUNDING)
+
+
 def test_it_says_what_it_needs_and_what_it_takes_layers_for():
     assert Scaffold().needs_sgd
     assert not FactorMean().needs_sgd

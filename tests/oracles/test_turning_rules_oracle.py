@@ -140,6 +140,66 @@ def test_a_billionth_of_the_identity_goes_into_the_cross_product():
     np.testing.assert_allclose(sent["w/b"], new.b @ q - old.b, rtol=0, atol=2e-13)  # 1e-9 more would be off by 1e-10
 
 
+def some_factors(rank):
+    rng = np.random.default_rng(rank)
+    return rng.normal(size=(rank, 6)), rng.normal(size=(7, rank))
+
+
+def moved(old, seed, parts="ab", mirror=1.0):
+    """The layer with noise on some of its factors, and its last direction mirrored in them."""
+    rng = np.random.default_rng(seed)
+    flip = np.ones(old.rank)
+    flip[-1] = mirror
+    a, b = (x + 0.3 * rng.normal(size=x.shape) for x in (flip[:, None] * old.a, old.b * flip))
+    return replace(old, a=a if "a" in parts else old.a, b=b if "b" in parts else old.b)
+
+
+def sent_by(old, new, round):
+    """What a client sends of one layer, and the adapter's factors that it stands for."""
+    first, trained = Adapter({"w": old}), Adapter({"w": new})
+    sent = FedRot().encode(Update(first, trained), Task(first.spec, round))
+    return old.a + sent["w/a"], old.b + sent["w/b"]
+
+
+@pytest.mark.parametrize(("round", "parts"), [(1, "a"), (2, "b")])
+def test_a_client_that_changed_one_factor_turns_both(round, parts):
+    old = LowRank(*some_factors(3), 2.0)
+    new = moved(old, 1, parts)
+    q = best_rotation(new.a.T, old.a.T) if parts == "a" else best_rotation(new.b, old.b)
+    a, b = sent_by(old, new, round)
+    assert np.abs(q - np.eye(3)).max() > 0.01
+    np.testing.assert_allclose(a, q.T @ new.a, atol=NEAR * 10)
+    np.testing.assert_allclose(b, new.b @ q, atol=NEAR * 10)
+
+
+@pytest.mark.parametrize("round", [1, 2])
+@pytest.mark.parametrize("rank", [3, 4])
+def test_of_a_reflection_the_direction_that_says_least_is_turned_back(round, rank):
+    old = LowRank(*some_factors(rank), 2.0)
+    new = moved(old, 1, mirror=-1.0)
+    cross = new.a @ old.a.T if round == 1 else new.b.T @ old.b
+    assert np.linalg.det(cross) < 0  # so the nearest orthogonal matrix is a reflection
+    q = best_rotation(new.a.T, old.a.T) if round == 1 else best_rotation(new.b, old.b)
+    a, b = sent_by(old, new, round)
+    np.testing.assert_allclose(a, q.T @ new.a, atol=NEAR * 10)
+    np.testing.assert_allclose(b, new.b @ q, atol=NEAR * 10)
+
+
+@pytest.mark.parametrize("round", [1, 2])
+def test_factors_in_single_precision_are_turned_in_double(round):
+    old = LowRank(*some_factors(3), 2.0)
+    old, new = (LowRank(x.a.astype(np.float32), x.b.astype(np.float32), 2.0) for x in (old, moved(old, 1)))
+    double = [LowRank(x.a.astype(np.float64), x.b.astype(np.float64), 2.0) for x in (old, new)]
+    for got, want in zip(sent_by(old, new, round), sent_by(*double, round), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)  # fp32 would be off by 1e-8
+
+
+def test_fedrot_refuses_a_client_with_a_scale_of_its_own():
+    old = LowRank(*some_factors(3), 2.0)
+    with pytest.raises(ValueError, match=r"^w: factors have scale 7.0; want the server's 2.0"):
+        sent_by(old, replace(moved(old, 1), scale=7.0), 1)
+
+
 @pytest.mark.parametrize("strength", [-0.01, 1.01])
 def test_a_strength_out_of_range_is_refused(strength):
     with pytest.raises(ValueError, match=f"^strength: got {strength}; want at least 0 and at most 1"):
@@ -208,6 +268,9 @@ def test_lora_a2_tells_each_client_its_rank_and_sends_it_everything():
         assert sent.task.shared["rank"].tolist() == [told]
         assert sent.task.shared["rank"].dtype == np.float16
         assert sent.adapter is state.adapter
+    mixed = Adapter({"w": LowRank(np.ones((2, 5), np.float16), np.ones((4, 2), np.float32), 1.0)})
+    told = LoRAA2().send(ServerState(Task(mixed.spec), mixed), 1).task.shared["rank"]
+    assert told.dtype == np.float16  # as a has it
     no_layers = Adapter({}, {"head": np.ones(3)})
     alone = LoRAA2().send(ServerState(Task(no_layers.spec), no_layers), 4)
     assert alone.task.shared["rank"].tolist() == [0]

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import pytest
 
-from fedpeft.rules import FactorMean, FedEx, FlexLoRA, FLoRA, Krum, LoRAFair, Subspace, TrimmedMean
+from fedpeft.rules import FactorMean, FedEx, FlexLoRA, FLoRA, HetLoRA, Krum, LoRAFair, Scaffold, Subspace, TrimmedMean
 
 
 @pytest.mark.parametrize(
@@ -14,8 +14,10 @@ from fedpeft.rules import FactorMean, FedEx, FlexLoRA, FLoRA, Krum, LoRAFair, Su
         (FedEx(), {"energy": 1.0, "largest": None}),
         (FlexLoRA(), {"form": "drift"}),
         (FLoRA(seed=3), {"seed": 3, "energy": 1.0, "largest": None}),
+        (HetLoRA(), {"gamma": 0.99, "penalty": 1e-3}),
         (Krum(), {"share": 0.3, "many": False}),
         (LoRAFair(), {"ridge": 0.01}),
+        (Scaffold(), {"of": "fedit", "rest": "frozen"}),
         (Subspace(seed=3), {"seed": 3, "oversampling": 8, "one_pass": False, "warm": True}),
         (TrimmedMean(), {"share": 0.3}),
     ],

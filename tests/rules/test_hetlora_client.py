@@ -52,6 +52,8 @@ def test_what_is_cut_is_kept_and_the_client_goes_on_from_there():
     rule = HetLoRA()
     own = rule.keep(shrunk("q"), TASK, {})
     assert {n: float(x) for n, x in own.items()} == {"q/rank": 9.0}
+    assert isinstance(own["q/rank"], np.ndarray)
+    assert own["q/rank"].dtype == np.float64  # what is kept are tensors, of floats
     begun = rule.begin(FIRST, own)
     assert {n: x.rank for n, x in begun.layers.items()} == {"q": 9, "v": 4, "w": 1}
     assert begun.dense is FIRST.dense
@@ -75,6 +77,41 @@ def test_a_tail_that_has_not_shrunk_stays():
     for factor in (1.0, 2.0):
         own = HetLoRA().keep(shrunk("q", factor=factor), TASK, {})
         assert {n: x.rank for n, x in HetLoRA().begin(FIRST, own).layers.items()} == RANKS
+
+
+@pytest.mark.parametrize(
+    ("in_b", "in_a", "is_cut"),
+    [
+        *((0.5, 1.0, True), (-0.5, 1.0, True), (1.0, -0.5, True), (0.5, 1.5, True), (1.5, 0.5, True)),
+        *((0.5, 3.0, False), (3.0, 0.5, False), (-3.0, 0.5, False), (0.5, -2.0, False)),
+    ],
+)
+def test_a_tail_is_as_large_as_the_product_of_both_factors_norms(in_b, in_a, is_cut):
+    at = np.arange(10) == 9
+    q = LowRank(np.ones((10, 5)) * np.where(at, in_a, 1.0)[:, None], np.ones((7, 10)) * np.where(at, in_b, 1.0), 2.0)
+    own = HetLoRA().keep(Update(FIRST, Adapter(dict(FIRST.layers) | {"q": q}, FIRST.dense)), TASK, {})
+    assert ("q/rank" in own) is is_cut
+
+
+def test_the_norms_of_a_tail_in_half_precision_do_not_overflow():
+    a, b = np.full((4, 5), 300, np.float16), np.full((7, 4), -300, np.float16)
+    assert min(5 * 300**2, 7 * 150**2) > float(np.finfo(np.float16).max)
+    large, small = (Adapter({"q": LowRank(a, x, 2.0)}) for x in (b, b / np.float16(2)))
+    own = HetLoRA().keep(Update(large, small), Task(large.spec), {})
+    assert {n: float(x) for n, x in own.items()} == {"q/rank": 3.0}
+
+
+def test_directions_that_training_itself_gave_up_are_gone_for_good_too():
+    """And the tail is that of the rank that is left."""
+    rule = HetLoRA(gamma=0.5)
+    cut = Update(FIRST, FIRST.cut(4))  # q from 10 to 4, of which the last two are smaller than the last eight were
+    q = FIRST.layers["q"].cut(9)
+    grown = Update(FIRST, Adapter(dict(FIRST.layers) | {"q": LowRank(q.a, 4 * q.b, 2.0)}, FIRST.dense))
+    for update, rank in ((cut, 2), (grown, 9)):
+        sent = rule.encode(update, TASK)
+        norm = update.trained.layers["q"].cut(rank).norm
+        np.testing.assert_allclose(sent["q/norm"], [norm] * rank + [0.0] * (10 - rank))
+        assert {n: float(x) for n, x in rule.keep(update, TASK, {}).items()} == {"q/rank": float(rank)}
 
 
 def test_who_has_kept_nothing_begins_with_what_it_received():

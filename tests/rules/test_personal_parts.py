@@ -53,7 +53,7 @@ WRAPPED: dict[str, Rule] = {
     "ffa, leaves": personal(FFA, DENSE),
     "ffa, b of one layer": personal(FFA, ("q/b",)),
     "rolora, a": personal(ROLORA, ("*/a", "gate")),
-    "rbla, b": personal(RBLA, ("v/b",)),
+    "rbla, b": personal(RBLA, ("v*/b",)),
     "fedsa, a layer": personal(FEDSA, ("q/*",)),
     "zeropad, a layer": personal(ZeroPad(), ("q/*",)),
     "subspace, a layer": personal(Subspace(seed=5), ("q/?", "bias")),
@@ -150,6 +150,7 @@ def test_what_a_rule_says_of_itself_stays(rule):
     assert rule.tells_factors is inside.tells_factors
     assert rule.trains(task) == inside.trains(task)
     assert rule.needs_sgd is inside.needs_sgd
+    assert rule.hides_ranks is inside.hides_ranks
     if isinstance(rule, PersonalMean):
         assert rule.is_change is inside.is_change
 
