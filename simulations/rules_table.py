@@ -10,7 +10,7 @@ worst off, on their own test rows.
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from statistics import mean, stdev
@@ -45,10 +45,25 @@ def chosen(sweep: Sweep, folder: Path) -> dict[str, list[History]]:
             cases[run.run.name][value(run, sweep.choose.key) if sweep.choose else None].append(run)
     out: dict[str, list[History]] = {}
     for point in points(sweep):
-        whole = [runs for runs in cases[point.name].values() if len(runs) == len(sweep.seeds)]
-        if whole:
-            out[point.name] = sorted(whole[0], key=lambda x: value(x, "seed"))
+        tried = cases[point.name]
+        runs = tried[best(sweep, tried)] if tried else []
+        if len(runs) == len(sweep.seeds):
+            out[point.name] = sorted(runs, key=lambda x: value(x, "seed"))
     return out
+
+
+def best(sweep: Sweep, tried: Mapping[Any, Sequence[History]]) -> Any:
+    """The value with the best validation accuracy in the run of the seed that chooses; the only one, where none was
+    searched for."""
+    search = sweep.choose
+    if search is None:
+        return next(iter(tried))
+
+    def score(at: Any) -> float:
+        each = [x.rounds[-1].validation for x in tried[at] if value(x, "seed") == search.seed]
+        return max((x.accuracy or 0.0 for x in each if x is not None), default=-1.0)
+
+    return max(sorted(tried), key=score)
 
 
 def worst(run: History) -> float:
