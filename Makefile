@@ -10,8 +10,8 @@ export FLWR_TELEMETRY_ENABLED = 0
 demo: .venv/ready  ## fine-tune MiniLM across 20 clients, and open runs/demo/report.html after
 	$(BIN)/fedpeft demo
 
-test: .venv/ready assets  ## every test, slow ones too
-	$(BIN)/pytest
+test: .venv/ready assets  ## every test, slow ones too, a file at a time in each of two processes
+	PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready  ## lint, format, types and import contracts
 	$(BIN)/ruff check .
@@ -23,7 +23,7 @@ mutants: .venv/ready  ## break each line of the core in turn; every mutant must 
 	$(BIN)/python tests/mutants.py
 
 bench: .venv/ready assets  ## measure what benchmarks/README.md claims
-	for one in overhead memory throughput scale startup curves aggregation; do $(BIN)/python benchmarks/$$one.py || exit 1; done
+	for one in overhead memory throughput scale startup curves aggregation secagg; do $(BIN)/python benchmarks/$$one.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py
 
 studies: .venv/ready assets  ## the sweeps behind simulations/README.md, about two hours on two cores

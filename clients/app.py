@@ -5,6 +5,7 @@ A node's config (``flower-supernode --node-config``) says which client it is and
     partition-id=3              the client's number, from 0
     data="/data/mine.jsonl"     a data set of its own, in place of a part of the experiment's
     state="/var/lib/fedpeft"    where it keeps what belongs to the client between messages
+    trust="client.toml"         its key, roster and policy: it takes part in secure aggregation, and in nothing else
 
 Torch is loaded once a message has come, and not before.
 """

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fedpeft import __version__
 from fedpeft.errors import ConfigError, DataError, ProtocolError
+from fedpeft.keys import helper, keys
 from fedpeft.terminal import Terminal, headline, size, words
 from fedpeft.training.environment import prepare, starting
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(keys, name="keys")
 console = Console()
 
 Change = Annotated[
@@ -43,6 +45,8 @@ class Format(StrEnum):
 
     peft = "peft"
     merged = "merged"
+    onnx = "onnx"
+    gguf = "gguf"
 
 
 def main() -> None:
@@ -127,7 +131,7 @@ def check(
         table.add_row("[bold]ranks[/]", f"{told}{of}")
     if ahead.refusal:
         table.add_row("[bold]because[/]", f"{found.adapter.method} can't be trained for many at once: {ahead.refusal}")
-    for what, value in ahead.outlook.lines() if ahead.outlook is not None else ():
+    for what, value in [*ahead.secrecy, *(ahead.outlook.lines() if ahead.outlook is not None else ())]:
         table.add_row(f"[bold]{what}[/]", value)
     console.print(table, highlight=False)
 
@@ -214,10 +218,30 @@ def sweep(
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="The folder of a run.")],
-    to: Annotated[Format, typer.Option(help="peft: an adapter folder; merged: a model folder with the adapter in it.")],
-    out: Annotated[Path | None, typer.Option(help="Where it goes; RUN/adapter or RUN/merged if not given.")] = None,
+    to: Annotated[
+        Format,
+        typer.Option(
+            help="peft: the adapter, for peft; merged: the whole model, for transformers; onnx: the whole model, for "
+            "onnxruntime; gguf: the adapter, for llama.cpp."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Where it goes; into the run's folder if not given.")] = None,
 ) -> None:
-    """Write the run's adapter for others: stock peft or plain transformers loads it."""
+    """Write what a run has trained for others to load: none of them needs fedpeft.
+
+    **peft**: an adapter folder. Any method; the base stays as it is, so it is small.
+
+    **merged**: a folder that plain transformers loads. Methods whose update is a change of weights.
+
+    **onnx**: a graph in fp32 for stock onnxruntime, any batch and length, with the tokenizer's files and code that
+    runs it. Methods as for merged; needs `pip install 'fedpeft[onnx]'`; takes minutes.
+
+    **gguf**: a LoRA that llama.cpp runs beside the base (`--lora`). LoRA and rsLoRA on language models of the Llama and
+    GPT-2 families; for others export to merged, and convert that.
+
+    All but peft are loaded again first, and their logits compared with the run's: beyond 1e-4 of the largest it is an
+    error, and no onnx or gguf file is left. A README beside each, but for merged, says how to load it.
+    """
     from fedpeft.run import export_run
 
     console.print(f"written: {export_run(folder, to.value, out)}")
@@ -236,6 +260,9 @@ def doctor(
     for what, value in found.items():
         table.add_row(f"[bold]{what}[/]", "\n".join(words(value)))
     console.print(table, highlight=False, soft_wrap=True)
+
+
+app.command()(helper)
 
 
 @app.callback(invoke_without_command=True)

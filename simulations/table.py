@@ -34,11 +34,11 @@ def command(run: History, base: Path) -> str:
     there, here = experiment(load(base)).settings, dict(run.run.settings)
     changes: list[str] = []
     for key, value in here.items():
-        if isinstance(value, dict) and value.get("name") != there[key].get("name"):
+        if isinstance(value, dict) and value.get("name") != there.get(key, {}).get("name"):
             inside = ", ".join(f"{k}={v!r}" for k, v in value.items())
             changes.append(f'"{key}={{{inside}}}"')
         else:
-            known = dict(flat({key: there[key]}))
+            known = dict(flat({key: there.get(key, {})}))
             changes += [f"{k}={v}" for k, v in flat({key: value}) if known.get(k) != v]
     words = [f"-c {x.replace('=True', '=true').replace('=False', '=false')}" for x in changes]
     return " ".join(["fedpeft run", f"simulations/{base.name}", *words])

@@ -34,6 +34,11 @@ class PlainChannel:
         if self.clip is not None and self.clip > self.largest_norm:
             raise ValueError(f"clip: got {self.clip}; want at most largest_norm, {self.largest_norm}")
 
+    @property
+    def number_bytes(self) -> int:
+        """What a number of an answer takes on the wire."""
+        return 8 if self.exact else 4
+
     def up(self, x: Array, weight: float, statistics: Array) -> Array:
         """The answer of a client whose encoding is ``x`` (n,), with ``statistics`` (m,): shape (n + 1 + m,)."""
         x = x.astype(np.float64)  # half precision overflows at 65504, which a weight or a square soon reaches

@@ -14,12 +14,14 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from fedpeft.channel import PlainChannel
+from fedpeft.channel import PlainChannel, RingChannel
+from fedpeft.config.compression import Compression, check_compression, told, without
 from fedpeft.config.personal import Personal, check_personal
 from fedpeft.config.ranks import RANKS, check_ranks
 from fedpeft.config.rules import RULES, check_rule, is_dora, seeded
 from fedpeft.config.schema import Choice, Settings, build, check, choose, nearest, plain, section
 from fedpeft.config.sections import Baselines, Evaluation, Fleet, Simulation
+from fedpeft.config.secure import CHANNELS, SECAGGS, InTheClear, check_secure, with_defaults
 from fedpeft.config.timing import SCHEDULES, timing
 from fedpeft.data import Dirichlet, Iid, Natural, Partitioner, Quantity, Sampled, Shards, Source, Split
 from fedpeft.errors import ConfigError
@@ -39,6 +41,7 @@ from fedpeft.rules import (
     Yogi,
     personal,
 )
+from fedpeft.secagg import Protocol
 from fedpeft.training.methods import Method
 from fedpeft.training.settings import Model, Training
 
@@ -54,7 +57,6 @@ WEIGHTINGS: Mapping[str, Choice] = {
     "root": Choice(SquareRoot),
     "uniform": Choice(Uniform),
 }
-CHANNELS: Mapping[str, Choice] = {"plain": Choice(PlainChannel)}
 PARTITIONS: Mapping[str, Choice] = {
     "dirichlet": Choice(Dirichlet),
     "iid": Choice(Iid),
@@ -86,7 +88,9 @@ class Experiment:
     rule: MeanRule | ListRule
     server: ServerOptimiser
     weighting: Weighting
-    channel: PlainChannel
+    channel: PlainChannel | RingChannel
+    secagg: Protocol | InTheClear
+    compression: Compression
     schedule: Synchronous | Buffered
     selection: Selection
     evaluation: Evaluation
@@ -95,6 +99,11 @@ class Experiment:
     fleet: Fleet
     simulation: Simulation
     settings: Settings = field(repr=False, compare=False)
+
+    @property
+    def plain(self) -> PlainChannel:
+        """The channel of answers in the clear, which a run with secure aggregation has none of."""
+        return self.channel if isinstance(self.channel, PlainChannel) else PlainChannel()
 
     @property
     def settings_json(self) -> str:
@@ -107,6 +116,7 @@ _PLAIN: Mapping[str, type[Any]] = {
     "data": Source,
     "split": Split,
     "adapter": Method,
+    "compression": Compression,
     "training": Training,
     "selection": Selection,
     "evaluation": Evaluation,
@@ -122,6 +132,7 @@ _CHOSEN: Mapping[str, tuple[Mapping[str, Choice], str]] = {
     "server": (SERVERS, "averaging"),
     "weighting": (WEIGHTINGS, "examples"),
     "channel": (CHANNELS, "plain"),
+    "secagg": (SECAGGS, "none"),
     "schedule": (SCHEDULES, "synchronous"),
 }
 
@@ -170,6 +181,7 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
             raise ConfigError(
                 f"{key}: no such key or section;{nearest(key, known)} it is one of {', '.join(sorted(known))}"
             )
+    settings = without(with_defaults(settings))
     top = {
         "name": check("name", settings.get("name", "run"), str),
         "run": check("run", settings.get("run", ""), str),
@@ -186,7 +198,7 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
         if key == "rule":
             given = seeded(given, known_here, default, top["seed"])
         made[key], full[key] = choose(key, known_here, given, default)
-    found = Experiment(**top, **made, settings=full)
+    found = Experiment(**top, **made, settings=told(full))
     _combinations(found)
     return replace(found, rule=personal(found.rule, found.personal.tensors))
 
@@ -206,6 +218,8 @@ def _combinations(found: Experiment) -> None:
         )
     check_ranks(found.ranks, found.settings["ranks"]["name"], found.adapter, found.rule)
     check_personal(found.personal, found.adapter, is_dora(found.adapter), found.evaluation.clients)
+    check_secure(found)
+    check_compression(found)
     timing(found.rule, name, found.schedule, found.simulation.devices, found.selection)
     if found.selection.rest and isinstance(found.schedule, Buffered):
         raise ConfigError(
@@ -235,11 +249,15 @@ def known_rules() -> Mapping[str, Choice]:
     return _all("rule", RULES)
 
 
+_GROUPS = {"secagg": "fedpeft.secagg"}
+
+
 @cache
 def _plugins(section: str) -> tuple[tuple[str, Choice], ...]:
-    return tuple((e.name, Choice(e.load())) for e in entry_points(group=f"fedpeft.{section}s"))
+    return tuple((e.name, Choice(e.load())) for e in entry_points(group=_GROUPS.get(section, f"fedpeft.{section}s")))
 
 
 def _all(section: str, choices: Mapping[str, Choice]) -> Mapping[str, Choice]:
-    """The table of a section, with what other packages add under the entry points ``fedpeft.<section>s``."""
+    """The table of a section, with what other packages add under the entry points ``fedpeft.<section>s``, of protocols
+    ``fedpeft.secagg``."""
     return dict(_plugins(section)) | dict(choices)

@@ -48,11 +48,13 @@ class Fleet:
 
     nodes: how many (in a simulation, all of them); wait: seconds; failures: rounds in a row that may
     fail before the run stops; own_data: each node brings a data set of its own (its node config's
-    ``data``), so there is nothing to partition.
+    ``data``), so there is nothing to partition; patience: seconds for each short message of secure aggregation, in
+    which nobody trains.
     """
 
     nodes: int | None = None
     wait: float = 120.0
+    patience: float = 120.0
     failures: int = 3
     own_data: bool = False
 
@@ -60,6 +62,7 @@ class Fleet:
         for key, good, want in (
             ("nodes", self.nodes is None or self.nodes >= 1, "at least 1"),
             ("wait", self.wait > 0, "more than 0 seconds"),
+            ("patience", self.patience > 0, "more than 0 seconds"),
             ("failures", self.failures >= 1, "at least 1"),
         ):
             if not good:
@@ -90,6 +93,21 @@ class Hostile:
 
 
 @dataclass(frozen=True, slots=True)
+class Losses:
+    """Simulated clients that vanish in each round, each at a step of its own. share: of all clients, rounded down."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share: got {self.share}; want more than 0 and less than 1")
+
+    def count(self, clients: int) -> int:
+        """How many of so many clients vanish in a round."""
+        return floor(self.share * clients + 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
 class Simulation:
     """How simulated clients run.
 
@@ -97,7 +115,7 @@ class Simulation:
     (unset: as many as memory and the processor have use for); workers: processes that share the base (unset: one for
     every four cores); devices: the kinds of device that clients are on. Where there are any, time is simulated:
     answers come when these would give them, and ``selection.deadline`` is in simulated seconds. hostile: clients that
-    attack the rule; they are not evaluated.
+    attack the rule; they are not evaluated. losses: clients that vanish in the middle of a round.
     """
 
     engine: Literal["cohort", "loop"] = "cohort"
@@ -105,6 +123,7 @@ class Simulation:
     workers: int | None = None
     devices: Mapping[str, Device] = field(default_factory=dict)
     hostile: Hostile | None = None
+    losses: Losses | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "devices", kinds(self.devices, "simulation.devices"))

@@ -2,19 +2,28 @@
 
 from flwr.serverapp import Grid
 
+from fedpeft.flower.agreement import Terms
 from fedpeft.flower.answers import Capabilities, Counts
 from fedpeft.flower.apps import answer, client_app, in_process, server_app
 from fedpeft.flower.drive import Evaluation, OnReply, drive, evaluate
 from fedpeft.flower.fleet import Fleet
 from fedpeft.flower.flow import Flow
+from fedpeft.flower.identities import identities
 from fedpeft.flower.inprocess import InProcessGrid
+from fedpeft.flower.journal import Journal
 from fedpeft.flower.kept import its_own, under, with_own
+from fedpeft.flower.losses import Losses
+from fedpeft.flower.member import Secure
 from fedpeft.flower.muster import muster
-from fedpeft.flower.post import Traffic
+from fedpeft.flower.participant import Participant
+from fedpeft.flower.post import Leg, Traffic
 from fedpeft.flower.registry import Ledger, Registry
 from fedpeft.flower.requests import Part
-from fedpeft.flower.serve import Participant, serve
+from fedpeft.flower.secure import drive_secure, retried
+from fedpeft.flower.serve import serve
 from fedpeft.flower.store import ClientStore
+from fedpeft.flower.vault import Vault
+from fedpeft.flower.versions import Versions
 from fedpeft.flower.virtual import VirtualGrid, virtual
 
 __all__ = [
@@ -26,20 +35,30 @@ __all__ = [
     "Flow",
     "Grid",
     "InProcessGrid",
+    "Journal",
     "Ledger",
+    "Leg",
+    "Losses",
     "OnReply",
     "Part",
     "Participant",
     "Registry",
+    "Secure",
+    "Terms",
     "Traffic",
+    "Vault",
+    "Versions",
     "VirtualGrid",
     "answer",
     "client_app",
     "drive",
+    "drive_secure",
     "evaluate",
+    "identities",
     "in_process",
     "its_own",
     "muster",
+    "retried",
     "serve",
     "server_app",
     "under",

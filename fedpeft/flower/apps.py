@@ -14,8 +14,12 @@ from flwr.serverapp import Grid, ServerApp
 from fedpeft.errors import ConfigError
 from fedpeft.flower.answers import pack_refusal
 from fedpeft.flower.inprocess import Alike, InProcessGrid, NodeConfig
+from fedpeft.flower.losses import Losses, losing
+from fedpeft.flower.participant import Participant, refusal_of
 from fedpeft.flower.requests import settings_of
-from fedpeft.flower.serve import Participant, refusal_of, serve
+from fedpeft.flower.secret import said_of
+from fedpeft.flower.serve import serve
+from fedpeft.flower.vault import Vault
 
 Build: TypeAlias = Callable[[str, NodeConfig], Participant]
 CLIENT_KEYS = ("partition-id",)
@@ -43,6 +47,14 @@ def client_app(build: Build) -> ClientApp:
     def evaluate(message: Message, context: Context) -> Message:
         return _answer(build, message, context)
 
+    @app.query("secure")
+    def query_secure(message: Message, context: Context) -> Message:
+        return _answer(build, message, context)
+
+    @app.train("secure")
+    def train_secure(message: Message, context: Context) -> Message:
+        return _answer(build, message, context)
+
     return app
 
 
@@ -57,20 +69,28 @@ def server_app(main: Callable[[Grid, Mapping[str, bool | int | float | str]], No
     return app
 
 
-def in_process(build: Build, clients: int, config: NodeConfig | None = None) -> InProcessGrid:
+def in_process(
+    build: Build, clients: int, config: NodeConfig | None = None, losses: Losses | None = None
+) -> InProcessGrid:
     """A grid of clients 0 to ``clients`` - 1 in this process, served by the same code as deployed ones.
 
-    config: what all nodes have in their configs beside their number.
+    config: what all nodes have in their configs beside their number; losses: who vanishes in a round.
     """
+    vault = Vault()
 
     def handle(messages: Sequence[Message], nodes: Mapping[int, NodeConfig]) -> Iterator[Message]:
-        return answer(build, messages, nodes)
+        return answer(build, messages, nodes, vault)
 
-    return InProcessGrid(handle, Alike(config or {}, clients))
+    return InProcessGrid(handle if losses is None else losing(handle, losses.is_lost), Alike(config or {}, clients))
 
 
-def answer(build: Build, messages: Sequence[Message], nodes: Mapping[int, NodeConfig]) -> Iterator[Message]:
-    """Replies to messages to nodes of these configs, in order; those of one config and settings share a participant."""
+def answer(
+    build: Build, messages: Sequence[Message], nodes: Mapping[int, NodeConfig], vault: Vault | None = None
+) -> Iterator[Message]:
+    """Replies to messages to nodes of these configs, in order; those of one config and settings share a participant.
+
+    vault: what these clients keep of secure sessions between their messages.
+    """
     start = 0
     while start < len(messages):
         try:
@@ -85,10 +105,12 @@ def answer(build: Build, messages: Sequence[Message], nodes: Mapping[int, NodeCo
                 stop += 1
             participant = _participant(build, settings, config)
         except Exception as error:
-            yield Message(pack_refusal(refusal_of(error)), reply_to=messages[start])
+            is_secure = messages[start].metadata.message_type.endswith(".secure")
+            refusal = said_of(error) if is_secure else refusal_of(error)
+            yield Message(pack_refusal(refusal), reply_to=messages[start])
             start += 1
             continue
-        yield from serve(participant, lambda m: client_of(nodes[m.metadata.dst_node_id]), messages[start:stop])
+        yield from serve(participant, lambda m: client_of(nodes[m.metadata.dst_node_id]), messages[start:stop], vault)
         start = stop
 
 
@@ -105,7 +127,8 @@ def client_of(config: NodeConfig) -> int:
 
 def _answer(build: Build, message: Message, context: Context) -> Message:
     """Not a closure, so that it is pickled by name and this module's cache lives in the process that runs it."""
-    return next(answer(build, [message], {message.metadata.dst_node_id: context.node_config}))
+    config = {message.metadata.dst_node_id: context.node_config}
+    return next(answer(build, [message], config, Vault.within(context.state)))
 
 
 def _shared(config: NodeConfig) -> tuple[tuple[str, bool | int | float | str], ...]:

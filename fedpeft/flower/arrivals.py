@@ -14,6 +14,8 @@ from fedpeft.flower.post import Letter, Post, Reply
 from fedpeft.flower.registry import Registry
 from fedpeft.flower.requests import Query, pack_query
 
+NO_IDENTITY = "has no identity for secure aggregation; want one: `fedpeft keys init`"
+
 
 @dataclass(slots=True, eq=False)
 class Arrivals:
@@ -23,7 +25,7 @@ class Arrivals:
     that nobody can take a client's place by saying its number, and is asked again once the client's own node has
     gone. So a node that was started anew takes part again when Flower has noticed that the old one is dead, about a
     minute later. clients: how many there can be; patience: seconds after which a node that has not answered is asked
-    once more.
+    once more; identified: leave out who has no identity for secure aggregation.
     """
 
     grid: Grid
@@ -34,6 +36,7 @@ class Arrivals:
     patience: float
     clock: Callable[[], float]
     sleep: Callable[[float], None]
+    identified: bool = False
     _post: Post = field(init=False)
     _asked: dict[int, float] = field(default_factory=dict, init=False)
     _seen: bytes = field(default=b"", init=False)
@@ -84,13 +87,16 @@ class Arrivals:
         if found.client >= self.clients or found.base != self.base:
             self.registry.leave_out(node)
             return misfit(found, self.clients, f"the run's are {self.base}")
+        if problem := stranger(found, self.registry.owner(found.identity), self.identified):
+            self.registry.leave_out(node)
+            return problem
         other = self.registry.node(found.client)
         if other is not None:
             self.registry.leave_out(node, found.client)
             return (
                 f"node {node} says that it is client {found.client}, which node {other} is: left out while that stays"
             )
-        is_new = self.registry.counts(found.client) is None
+        is_new = not self.registry.knows(found.client)
         self.registry.meet({node: found})
         return f"client {found.client} {'takes part from now on' if is_new else 'is back'}"
 
@@ -100,6 +106,18 @@ def misfit(found: Capabilities, clients: int, want: str) -> str:
     if found.client >= clients:
         return f"client {found.client}: want a number from 0 to {clients - 1}"
     return f"client {found.client}: its base model and adapter shape are {found.base[:80]}; {want}"
+
+
+def stranger(found: Capabilities, owner: int | None, identified: bool) -> str:
+    """Why a node can't take part as who it says it is, "" where it can. owner: the client that has its identity."""
+    if identified and not found.identity:
+        return f"client {found.client}: {NO_IDENTITY}"
+    if owner is not None and owner != found.client:
+        return (
+            f"client {found.client}: has the identity of client {owner}, {found.identity[:8]}; "
+            f"want one of its own: `fedpeft keys init`"
+        )
+    return ""
 
 
 def content_of(content: RecordDict | Refusal) -> RecordDict:

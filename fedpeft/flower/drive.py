@@ -10,12 +10,14 @@ from typing import Literal, TypeAlias
 
 from flwr.app import RecordDict
 
+from fedpeft.channel import Coding
 from fedpeft.errors import ProtocolError
 from fedpeft.flower.answers import Refusal, Term, unpack_metrics, unpack_term
 from fedpeft.flower.fleet import Fleet
 from fedpeft.flower.packing import digest_of
 from fedpeft.flower.post import Letter, Post, Reply, Traffic
-from fedpeft.flower.requests import Part, constants_of, pack_request
+from fedpeft.flower.requests import Part, constants_of, moving, pack_request
+from fedpeft.flower.versions import Version
 from fedpeft.rounds import Metrics, Round, derive
 from fedpeft.rules import Broadcast, ServerState
 
@@ -47,9 +49,9 @@ def drive(fleet: Fleet, round: Round, deadline: float, on_reply: OnReply = _igno
         for client in post.push(list(_letters(fleet, round, writer)), deadline):
             round.refuse(client, "the message could not be sent")
         for reply in post.replies(deadline, lambda: round.is_settled):
-            problem = _receive(round, reply)
+            problem = _receive(round, reply, fleet.coding(round.layout))
             if problem is None:
-                fleet.holds[reply.letter.client].add(reply.letter.digest)
+                fleet.found(reply.letter)
             on_reply(reply.letter.client, problem)
         round.close()
     return post.traffic
@@ -93,7 +95,7 @@ def evaluate(
             if not set(found) <= set(parts[client]):
                 raise ProtocolError(f"evaluated {sorted(found)}; want {sorted(parts[client])}")
             answers.setdefault(client, {}).update(found)
-            fleet.holds[client].add(reply.letter.digest)
+            fleet.holds[client].add(reply.letter.digest)  # and not its version: what it takes is training's to count
         except ProtocolError as error:
             problem = str(error)
             refused.append((client, problem))
@@ -108,27 +110,46 @@ class Writer:
 
     fleet: Fleet
     kind: Literal["train", "evaluate"]
-    _packed: dict[tuple[int, tuple[Part, ...], bool], RecordDict] = field(default_factory=dict)
+    _packed: dict[tuple[int, tuple[Part, ...], bool, str], RecordDict] = field(default_factory=dict)
     _digests: dict[int, str] = field(default_factory=dict)
+    _versions: dict[int, Version | None] = field(default_factory=dict)
 
     def letter(self, client: int, rank: int, broadcast: Broadcast, parts: tuple[Part, ...] = ()) -> Letter:
         constant = self.fleet.rule.constant(broadcast.task.spec)
         if rank not in self._digests:
             constants = constants_of(broadcast.adapter, constant) if broadcast.task.pass_ == 0 else {}
             self._digests[rank] = digest_of(constants) if constants else ""
-        digest = self._digests[rank]
+            self._versions[rank] = self._version(broadcast, constant)
+        digest, version, versions = self._digests[rank], self._versions[rank], self.fleet.versions
         write = partial(self._write, rank, broadcast, constant, parts)
         is_held = not digest or digest in self.fleet.holds[client]
-        in_full = partial(write, True) if digest and is_held else None
-        return Letter(client, self.fleet.nodes[client], write(not is_held), digest, in_full)
+        before = "" if version is None or versions is None else versions.holds(client, version.rank)
+        in_full = partial(write, True, "") if (digest and is_held) or before else None
+        brings = None if version is None else (version.rank, version.digest)
+        return Letter(client, self.fleet.nodes[client], write(not is_held, before), digest, in_full, brings)
+
+    def _version(self, broadcast: Broadcast, constant: frozenset[str]) -> Version | None:
+        if self.fleet.versions is None or broadcast.task.pass_:
+            return None
+        rank = max((x.rank for x in broadcast.adapter.layers.values()), default=0)
+        return self.fleet.versions.of(rank, broadcast.task.round, moving(broadcast, constant))
 
     def _write(
-        self, rank: int, broadcast: Broadcast, constant: frozenset[str], parts: tuple[Part, ...], in_full: bool
+        self,
+        rank: int,
+        broadcast: Broadcast,
+        constant: frozenset[str],
+        parts: tuple[Part, ...],
+        in_full: bool,
+        before: str,
     ) -> RecordDict:
-        key = (rank, parts, in_full)
+        key = (rank, parts, in_full, before)
         if key not in self._packed:
-            fleet = self.fleet
-            self._packed[key] = pack_request(self.kind, broadcast, fleet.settings, fleet.base, constant, in_full, parts)
+            fleet, version = self.fleet, self._versions[rank]
+            steps = None if version is None else version.since(before)
+            self._packed[key] = pack_request(
+                self.kind, broadcast, fleet.settings, fleet.base, constant, in_full, parts, version, steps
+            )
         return self._packed[key]
 
 
@@ -144,11 +165,11 @@ def _letters(fleet: Fleet, round: Round, writer: Writer) -> Iterator[Letter]:
             round.refuse(client, "has no node")
 
 
-def _receive(round: Round, reply: Reply) -> str | None:
+def _receive(round: Round, reply: Reply, coding: Coding | None) -> str | None:
     """Give an answer to the round; the reason if it was refused."""
     client = reply.letter.client
     try:
-        term = term_of(reply, round.size)
+        term = term_of(reply, round.size, coding)
     except ProtocolError as error:
         if reply.is_current:
             round.refuse(client, str(error))
@@ -171,9 +192,9 @@ def _stale(round: Round, term: Term) -> str:
     return f"the answer is for round {term.round}, pass {term.pass_}; want round {task.round}, pass {task.pass_}"
 
 
-def term_of(reply: Reply, most: int) -> Term:
+def term_of(reply: Reply, most: int, coding: Coding | None = None) -> Term:
     """What a client answered, of at most so many numbers. Raises ProtocolError for a refusal, and for no answer."""
-    return unpack_term(_content(reply), most)
+    return unpack_term(_content(reply), most, coding)
 
 
 def _content(reply: Reply) -> RecordDict:

@@ -7,10 +7,12 @@ from typing import TypeAlias
 
 from flwr.serverapp import Grid
 
-from fedpeft.adapters import Adapter
+from fedpeft.adapters import Adapter, Layout
+from fedpeft.channel import Codec, Coding
 from fedpeft.flower.arrivals import Arrivals
-from fedpeft.flower.post import Traffic
+from fedpeft.flower.post import Letter, Traffic
 from fedpeft.flower.registry import Registry
+from fedpeft.flower.versions import Versions
 from fedpeft.rounds import WHOLE
 from fedpeft.rules import Rule
 
@@ -94,7 +96,8 @@ class Fleet:
     request carries, so that a node can build itself from it; registry: what is known of each client; start: the
     adapter before any training, where it was asked for; refused: who can't take part, and why, when it began;
     central: a client whose node holds the central test set; arrivals: who comes and goes while the run goes on, None
-    where nobody does; rank: of a client in a round.
+    where nobody does; rank: of a client in a round; up: the codec of answers, and versions: what the adapter travels
+    as, None where nothing is coded.
     """
 
     grid: Grid
@@ -111,6 +114,8 @@ class Fleet:
     holds_central: bool = False
     arrivals: Arrivals | None = None
     rank: Callable[[int, int], int] = _whole
+    up: Codec | None = None
+    versions: Versions | None = None
 
     @property
     def holds(self) -> Holdings:
@@ -136,6 +141,16 @@ class Fleet:
             return range(count)
         here = tuple(self.nodes)
         return range(count) if here == tuple(range(count)) else here
+
+    def coding(self, layout: Layout) -> Coding | None:
+        """How answers of this layout are coded; None where they are not."""
+        return None if self.up is None else Coding(self.up, layout)
+
+    def found(self, letter: Letter) -> None:
+        """A client has answered this letter, and so it holds what that brought."""
+        self.holds[letter.client].add(letter.digest)
+        if self.versions is not None and letter.version is not None:
+            self.versions.hold(letter.client, *letter.version)
 
     def meet(self, least: int = 0, seconds: float = 0.0) -> tuple[str, ...]:
         """Let in who has come since, and let go who has gone; what is to be said of it, a line each.

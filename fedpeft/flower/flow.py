@@ -84,7 +84,7 @@ class Flow:
         client = reply.letter.client
         del self._expires[client]
         try:
-            term = term_of(reply, self.buffer.size)
+            term = term_of(reply, self.buffer.size, self.fleet.coding(self.buffer.layout))
         except ProtocolError as error:
             self.buffer.refuse(client, str(error))
             self.on_reply(client, str(error))
@@ -94,7 +94,7 @@ class Flow:
         except ProtocolError as error:
             self.on_reply(client, str(error))
         else:
-            self.fleet.holds[client].add(reply.letter.digest)
+            self.fleet.found(reply.letter)
             self.on_reply(client, None)
 
     def _drop(self, client: int) -> None:

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from fedpeft.adapters import Adapter
 from fedpeft.errors import ProtocolError
 from fedpeft.flower.answers import Capabilities, unpack_capabilities
-from fedpeft.flower.arrivals import Arrivals, content_of, misfit
+from fedpeft.flower.arrivals import NO_IDENTITY, Arrivals, content_of, misfit, stranger
 from fedpeft.flower.fleet import AsRegistered, Clock, Fleet, InOrder, Sleep
 from fedpeft.flower.inprocess import InProcessGrid
 from fedpeft.flower.post import Letter, Post
@@ -32,6 +32,7 @@ def muster(
     sleep: Sleep = time.sleep,
     patience: float | None = None,
     registry: Registry | None = None,
+    identified: bool = False,
 ) -> Fleet:
     """Wait for this many nodes, ask what they can do, and keep those that share one base.
 
@@ -39,7 +40,8 @@ def muster(
     equally common ones. Of nodes that are alike one is asked, and says it for all. With ``want_start`` one node, the
     lowest-numbered, sends the start adapter. Raises ProtocolError if nobody can take part, or if two nodes claim the
     same client number. deadline: seconds to wait for the nodes; patience: seconds to wait for their answers, which may
-    take loading a model (the same if not given); registry: a temporary one if not given.
+    take loading a model (the same if not given); registry: a temporary one if not given; identified: leave out who has
+    no identity for secure aggregation. Of two nodes with one identity the client with the lower number takes part.
     """
     until = clock() + deadline
     while len(found := _sized(grid)) < clients and clock() < until:
@@ -51,6 +53,8 @@ def muster(
     if isinstance(grid, InProcessGrid) and grid.is_alike:
         one = asking.first(found, want_start)
         registry.begin(one.base)
+        if identified and not one.identity:
+            raise ProtocolError(f"client {one.client}: {NO_IDENTITY}")
         if one.base != registry.base:
             raise ProtocolError(misfit(one, clients, f"the run's are {registry.base}"))
         nodes = InOrder(min(len(found), clients))
@@ -58,7 +62,7 @@ def muster(
         return Fleet(grid, rule, settings, one.base, nodes, registry, start, (), traffic, clock, sleep, one.central)
     registry.arrivals(found)
     answers, refused = asking.all(sorted(found), want_start)
-    members = _fitting(answers, clients, registry, refused)
+    members = _fitting(answers, clients, registry, refused, identified)
     if not members:
         raise ProtocolError(
             f"no node can take part: {len(found)} were asked; {'; '.join(refused[:3]) or 'none was there'}"
@@ -67,7 +71,7 @@ def muster(
     registry.begin(base)
     registry.meet(members)
     start = asking.start(members) if want_start else None
-    arrivals = Arrivals(grid, registry, settings, base, clients, asking.patience, clock, sleep)
+    arrivals = Arrivals(grid, registry, settings, base, clients, asking.patience, clock, sleep, identified)
     traffic = asking.post.traffic
     return Fleet(
         grid, rule, settings, base, AsRegistered(registry), registry, start, tuple(refused), traffic, clock, sleep,
@@ -133,7 +137,7 @@ class _Asking:
 
 
 def _fitting(
-    answers: dict[int, Capabilities], clients: int, registry: Registry, refused: list[str]
+    answers: dict[int, Capabilities], clients: int, registry: Registry, refused: list[str], identified: bool
 ) -> dict[int, Capabilities]:
     """Answers by node of those who can take part, in ascending order of clients; the others are left out."""
     claims = Counter(x.client for x in answers.values())
@@ -148,11 +152,19 @@ def _fitting(
     begun = registry.base
     base = begun or (_shared(numbered) if numbered else "")
     want = f"the run's are {begun}" if begun else f"most have {base}"
+    members: dict[int, Capabilities] = {}
+    taken: dict[str, int] = {}
     for node, x in found.items():
-        if x.client >= clients or x.base != base:
-            refused.append(misfit(x, clients, want))
+        problem = misfit(x, clients, want) if x.client >= clients or x.base != base else ""
+        problem = problem or stranger(x, taken.get(x.identity, registry.owner(x.identity)), identified)
+        if problem:
+            refused.append(problem)
             registry.leave_out(node)
-    return {node: x for node, x in found.items() if x.client < clients and x.base == base}
+            continue
+        members[node] = x
+        if x.identity:
+            taken[x.identity] = x.client
+    return members
 
 
 def _shared(members: Sequence[Capabilities]) -> str:

@@ -24,6 +24,7 @@ from fedpeft.errors import ProtocolError
 SCHEMA = 1
 LARGEST_MANIFEST = 1 << 24
 _RECORDS = ("buffer", "manifest")
+_BESIDE = "beside/"
 _KEYS = frozenset({"schema", "kind", "facts", "tensors", "digest"})
 _DTYPES = {
     name: np.dtype(name).newbyteorder("<")
@@ -99,9 +100,24 @@ def glance(content: RecordDict) -> tuple[str, Mapping[str, Json]]:
 
 
 def payload_bytes(content: RecordDict) -> int:
-    """The bytes of a packed record: buffer and manifest. Flower adds under a kilobyte of its own."""
-    buffer, manifest = _parts(content)
-    return len(buffer) + len(manifest)
+    """The bytes of a packed record: buffer and manifest, and those of the one that goes with it.
+
+    Flower adds under a kilobyte of its own.
+    """
+    return sum(len(part) for record in apart(content) if record is not None for part in _parts(record))
+
+
+def together(content: RecordDict, other: RecordDict) -> RecordDict:
+    """A packed record and another that goes with it; the records in it are those of the two, not copies."""
+    return RecordDict({**content, **{_BESIDE + name: record for name, record in other.items()}})
+
+
+def apart(content: RecordDict) -> tuple[RecordDict, RecordDict | None]:
+    """The inverse of ``together``, of any record: what is alone comes back with None."""
+    beside = {n.removeprefix(_BESIDE): record for n, record in content.items() if n.startswith(_BESIDE)}
+    if not beside:
+        return content, None
+    return RecordDict({n: x for n, x in content.items() if not n.startswith(_BESIDE)}), RecordDict(beside)
 
 
 def tensor_bytes(content: RecordDict) -> dict[str, int]:

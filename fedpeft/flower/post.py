@@ -19,12 +19,26 @@ _FIRST_WAIT, _LONGEST_WAIT, _GROWTH = 0.02, 1.0, 1.5
 
 
 @dataclass(frozen=True, slots=True)
+class Leg:
+    """What one phase of a secure session cost: its name, the pass it belongs to, seconds, bytes down and up, and how
+    many clients were asked and answered."""
+
+    name: str
+    pass_: int
+    seconds: float
+    bytes_down: int
+    bytes_up: int
+    asked: int = 0
+    answered: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """What a phase cost on the wire.
 
     bytes_down, bytes_up: packed records, to and from clients; timeline: (client, sent, answered) in
     seconds since the phase began; strays: replies to messages that this phase did not send; each: the bytes down
-    and up of each client.
+    and up of each client; legs: of a secure session, phase by phase.
     """
 
     bytes_down: int = 0
@@ -32,6 +46,22 @@ class Traffic:
     timeline: tuple[tuple[int, float, float], ...] = ()
     strays: int = 0
     each: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    legs: tuple[Leg, ...] = ()
+
+    def then(self, later: "Traffic", seconds: float) -> "Traffic":
+        """Both together, of which the second began so many seconds after the first."""
+        each = {
+            client: (self.each.get(client, (0, 0))[0] + x, self.each.get(client, (0, 0))[1] + y)
+            for client, (x, y) in later.each.items()
+        }
+        return Traffic(
+            self.bytes_down + later.bytes_down,
+            self.bytes_up + later.bytes_up,
+            self.timeline + tuple((client, x + seconds, y + seconds) for client, x, y in later.timeline),
+            self.strays + later.strays,
+            dict(sorted((dict(self.each) | each).items())),
+            self.legs + later.legs,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +69,8 @@ class Letter:
     """What goes to one client. client: its number, or its node's where that is not known yet.
 
     digest: of the constants that it refers to; in_full: writes the same letter with the constants in
-    full, for a node that turns out not to hold them; None where they are in it.
+    full, for a node that turns out not to hold them; None where they are in it; version: the rank and the digest of
+    the version that it brings.
     """
 
     client: int
@@ -47,6 +78,7 @@ class Letter:
     content: RecordDict
     digest: str = ""
     in_full: Callable[[], RecordDict] | None = None
+    version: tuple[int, str] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

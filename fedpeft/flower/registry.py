@@ -8,6 +8,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any
 
+from fedpeft.errors import ProtocolError
 from fedpeft.flower.answers import Capabilities, Counts
 from fedpeft.flower.database import Database
 
@@ -25,8 +26,12 @@ _SCHEMA = (
     "PRIMARY KEY (round, client)) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS visit_of ON visit (client, round)",
 )
-# Files from before there were ranks get theirs when they are opened.
-_SINCE = ("CREATE TABLE IF NOT EXISTS directions (client INTEGER PRIMARY KEY, rank INTEGER NOT NULL)",)
+# Files from before there were ranks, or identities, get theirs when they are opened.
+_SINCE = (
+    "CREATE TABLE IF NOT EXISTS directions (client INTEGER PRIMARY KEY, rank INTEGER NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS identity (client INTEGER PRIMARY KEY, id BLOB NOT NULL UNIQUE)",
+)
+_UNSAID = -1
 # Whose node is which is known to one process alone: the next one asks the nodes anew.
 _HERE = (
     "CREATE TEMP TABLE IF NOT EXISTS node (node INTEGER PRIMARY KEY, client INTEGER UNIQUE, claims INTEGER)",
@@ -76,14 +81,19 @@ class Registry:
         """Put these clients at these nodes, with what they say of themselves, in place of what was known of them."""
         self._prepare()
         with self._database.writing() as connection:
+            connection.executemany("DELETE FROM identity WHERE client = ?", [(x.client,) for x in members.values()])
             for node, x in members.items():
-                counts = [min(n, _LARGEST) for n in (x.counts.train, x.counts.validation, x.counts.test)]
+                said = x.counts
+                counts = [_UNSAID] * 3 if said is None else [said.train, said.validation, said.test]
+                counts = [min(n, _LARGEST) for n in counts]
                 connection.execute(
                     "INSERT OR REPLACE INTO client VALUES (?, ?, ?, ?, ?)", (x.client, *counts, x.central)
                 )
                 connection.execute("DELETE FROM directions WHERE client = ?", (x.client,))
                 if x.rank is not None:
                     connection.execute("INSERT INTO directions VALUES (?, ?)", (x.client, x.rank))
+                if x.identity:
+                    connection.execute("INSERT INTO identity VALUES (?, ?)", (x.client, bytes.fromhex(x.identity)))
                 connection.execute("DELETE FROM held WHERE client = ?", (x.client,))
                 held = {(x.client, bytes.fromhex(digest)) for digest in x.holds if _DIGEST.fullmatch(digest)}
                 connection.executemany("INSERT INTO held VALUES (?, ?)", held)
@@ -129,10 +139,31 @@ class Registry:
         """How many clients were met since the run began, here or not."""
         return self._number("SELECT count(*) FROM client")
 
+    def knows(self, client: int) -> bool:
+        """Whether a client was met since the run began."""
+        return bool(self._number("SELECT count(*) FROM client WHERE client = ?", client))
+
     def counts(self, client: int) -> Counts | None:
-        """How many examples a client said to have; None if it was never met."""
+        """How many examples a client said to have; None if it said nothing of it, or was never met."""
         found = list(self._rows("SELECT train, validation, test FROM client WHERE client = ?", client))
-        return Counts(*found[0]) if found else None
+        return Counts(*found[0]) if found and found[0][0] != _UNSAID else None
+
+    def identity(self, client: int) -> bytes | None:
+        """The id with which a client takes part in secure aggregation; None if it said none."""
+        found = list(self._rows("SELECT id FROM identity WHERE client = ?", client))
+        return bytes(found[0][0]) if found else None
+
+    def owner(self, identity: str) -> int | None:
+        """The client that has this identity (in hex); None if nobody has."""
+        found = list(self._rows("SELECT client FROM identity WHERE id = ?", bytes.fromhex(identity)))
+        return int(found[0][0]) if found else None
+
+    def identify(self, client: int, identity: bytes) -> None:
+        """Keep a client's id. ProtocolError for one that is another's."""
+        other = self.owner(identity.hex())
+        if other is not None and other != client:
+            raise ProtocolError(f"its identity is that of client {other}; want one of its own: `fedpeft keys init`")
+        self._write("INSERT OR REPLACE INTO identity VALUES (?, ?)", [(client, identity)])
 
     def rank(self, client: int) -> int | None:
         """The rank that a client said to have; None if it said none."""

@@ -4,8 +4,10 @@
 request carries the run's settings, so that a client can be built from any message.
 """
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -14,13 +16,16 @@ from flwr.app import RecordDict
 from fedpeft.adapters import Adapter, LowRank, Spec, lasting
 from fedpeft.errors import ProtocolError
 from fedpeft.flower import facts as read
-from fedpeft.flower.packing import Json, Parcel, Tensor, digest_of, glance, pack, unpack
+from fedpeft.flower.packing import Json, Parcel, Tensor, apart, digest_of, glance, pack, unpack
 from fedpeft.flower.small import narrowed, narrowed_tail, widen
+from fedpeft.flower.versions import Step, Version, is_moving, packed
 from fedpeft.rules import Broadcast, Task
 
 Part: TypeAlias = Literal["train", "validation", "test", "central", "tuned"]
 _PARTS: tuple[Part, ...] = get_args(Part)
 _REQUEST = ("settings", "base", "round", "pass", "spec", "adapter", "tail", "constants", "parts")
+_VERSION = "version"
+_MODEL = ("round", "pass", "spec", "adapter", "tail", "constants")
 
 
 class ConstantsMissing(ProtocolError):  # noqa: N818
@@ -33,7 +38,7 @@ class Request:
     the settings say.
 
     base: the fingerprint of the coordinator's base; constants: what travels once, by its digest
-    (empty if nothing does), held or brought along; brought: whether it came in full.
+    (empty if nothing does), held or brought along; brought: whether it came in full; parcel: all of it, as it came.
     """
 
     settings: str
@@ -43,6 +48,12 @@ class Request:
     digest: str
     constants: Mapping[str, Tensor]
     brought: bool
+    parcel: Parcel
+
+    @property
+    def model(self) -> bytes:
+        """The digest of what came to train on: ``model_digest`` of what was sent."""
+        return _model_of(self.parcel)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,11 +78,55 @@ def pack_request(
     constant: frozenset[str] = frozenset(),
     in_full: bool = True,
     parts: tuple[Part, ...] = (),
+    version: Version | None = None,
+    steps: tuple[Step, ...] | None = None,
 ) -> RecordDict:
     """A request, with constants (fixed tensors, and those named by ``constant``) in full or by digest alone.
 
-    After a round's first pass the adapter does not travel again: clients have kept their update.
+    After a round's first pass the adapter does not travel again: clients have kept their update. version: what it
+    travels as, instead of itself, by these steps or whole.
     """
+    parcel = _parcel(kind, broadcast, settings, base, constant, in_full, parts)
+    if version is not None:
+        said, tensors = packed(version, steps)
+        still = {n: x for n, x in parcel.tensors.items() if n not in version.tensors}
+        parcel = replace(parcel, facts={**parcel.facts, _VERSION: said}, tensors=still | tensors)
+    return pack(parcel)
+
+
+def moving(broadcast: Broadcast, constant: frozenset[str] = frozenset()) -> dict[str, Tensor]:
+    """The tensors of a first pass that there are versions of, as a request names them."""
+    return is_moving(_parcel("train", broadcast, "", "", constant, False, ()).tensors)
+
+
+def model_digest(broadcast: Broadcast, constant: frozenset[str] = frozenset()) -> bytes:
+    """SHA-256 of what a client is sent to train on, as it travels: what ``Request.model`` of the request gives.
+
+    Of a layer in core form it is the cores that travel: what they are multiplied out to depends on the machine.
+    """
+    return _model_of(_parcel("train", broadcast, "", "", constant, False, ()))
+
+
+def _model_of(parcel: Parcel) -> bytes:
+    facts = {name: parcel.facts[name] for name in _MODEL}
+    text = json.dumps([facts, digest_of(_sent(parcel.tensors))], sort_keys=True, separators=(",", ":"))
+    return sha256(b"fedpeft-model/1/" + text.encode()).digest()
+
+
+def _sent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the constants, whose digest is a fact."""
+    return {n: x for n, x in tensors.items() if not n.startswith(("constant/", "fixed/"))}
+
+
+def _parcel(
+    kind: Literal["train", "evaluate"],
+    broadcast: Broadcast,
+    settings: str,
+    base: str,
+    constant: frozenset[str],
+    in_full: bool,
+    parts: tuple[Part, ...],
+) -> Parcel:
     task, adapter = broadcast.task, broadcast.adapter
     is_first = task.pass_ == 0
     constants = constants_of(adapter, constant) if is_first else {}
@@ -91,17 +146,26 @@ def pack_request(
         tensors |= {f"adapter/{n}": x for n, x in narrowed(adapter).items() if n not in constant}
         tensors |= {f"tail/{n}": x for n, x in narrowed_tail(broadcast.tail, adapter).items()}
         tensors |= constants if in_full else {}
-    return pack(Parcel(kind, facts, tensors))
+    return Parcel(kind, facts, tensors)
 
 
-def unpack_request(content: RecordDict, held: Callable[[str], Mapping[str, Tensor] | None]) -> Request:
-    """The inverse of ``pack_request``. held: constants by digest, as this node has them, or None.
+def unpack_request(
+    content: RecordDict,
+    held: Callable[[str], Mapping[str, Tensor] | None],
+    restore: Callable[[Mapping[str, Json], dict[str, Tensor], int], Mapping[str, Tensor]] | None = None,
+) -> Request:
+    """The inverse of ``pack_request``. held: constants by digest, as this node has them, or None; restore: what came as
+    a version, where the run has them: from its facts, the message's tensors and the round.
 
-    Raises ConstantsMissing if they are neither held nor brought.
+    Raises ConstantsMissing if they are neither held nor brought, and what ``restore`` raises.
     """
     parcel = unpack(content, "train", "evaluate")
     facts, tensors = parcel.facts, dict(parcel.tensors)
-    read.exactly(facts, _REQUEST)
+    if restore is not None and isinstance(said := facts.get(_VERSION), dict):
+        read.exactly(facts, (*_REQUEST, _VERSION))
+        tensors |= restore(said, tensors, read.whole(facts, "round"))
+    else:
+        read.exactly(facts, _REQUEST)
     spec = read.spec_of(facts, "spec")
     task = Task(spec, read.whole(facts, "round"), read.whole(facts, "pass"), read.take_all(tensors, "shared/"))
     _need_floats(task.shared)
@@ -128,6 +192,7 @@ def unpack_request(content: RecordDict, held: Callable[[str], Mapping[str, Tenso
         digest,
         constants,
         brought,
+        parcel,
     )
 
 
@@ -147,8 +212,8 @@ def unpack_query(content: RecordDict) -> Query:
 
 def settings_of(content: RecordDict) -> str:
     """The settings that any request carries."""
-    kind, facts = glance(content)
-    if kind not in ("query", "train", "evaluate"):
+    kind, facts = glance(apart(content)[0])
+    if kind not in ("query", "train", "evaluate", "secure"):
         raise ProtocolError(f"the message is a {kind[:40]!r}; want a request")
     if "settings" not in facts:
         raise ProtocolError("the manifest has no settings")

@@ -12,8 +12,7 @@ from typing import TypeVar
 from flwr.app import Message, RecordDict
 
 from fedpeft.adapters import Adapter, Update
-from fedpeft.channel import PlainChannel
-from fedpeft.errors import ConfigError, ProtocolError
+from fedpeft.errors import ProtocolError
 from fedpeft.flower.answers import (
     Capabilities,
     Counts,
@@ -24,59 +23,18 @@ from fedpeft.flower.answers import (
     pack_refusal,
     pack_term,
 )
-from fedpeft.flower.kept import its_own, recall, remember, under, with_own
-from fedpeft.flower.packing import Tensor
-from fedpeft.flower.requests import ConstantsMissing, Part, Request, unpack_query, unpack_request
+from fedpeft.flower.jobs import Ready, personal, ready, received, to_keep
+from fedpeft.flower.kept import recall, remember
+from fedpeft.flower.leftover import coded
+from fedpeft.flower.participant import Participant, RefusedError, refusal_of
+from fedpeft.flower.requests import Part, Request, unpack_query
 from fedpeft.flower.results import of_tuned, one_by_one
-from fedpeft.flower.store import ClientStore
-from fedpeft.rounds import Done, Failed, Job, Metrics, Trainer, Trial, Tuned, Tuning, contribute, derive
-from fedpeft.rules import Broadcast, Rule, Task, Weighting
+from fedpeft.flower.secret import answer_secure
+from fedpeft.flower.vault import Vault
+from fedpeft.rounds import Done, Failed, Metrics, Trial, Tuned, contribute, derive
+from fedpeft.rules import Broadcast
 
 Item = TypeVar("Item")
-
-
-def _unsaid(client: int) -> None:
-    return None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Participant:
-    """All that a process needs to take part: one for all the clients that it serves.
-
-    store: in memory only for clients whose every message this very process gets; examples: how many
-    a client has; rank: that it can train, where it is for it to say; holds_central: whether ``trainer`` can
-    evaluate on the central test set; exactness: whether answers hold sketches of what was trained;
-    tuning: what clients train for themselves when the run is over, and tuner: with what; None for nothing.
-    """
-
-    trainer: Trainer
-    rule: Rule
-    channel: PlainChannel
-    weighting: Weighting
-    seed: int
-    store: ClientStore
-    examples: Callable[[int], Counts]
-    holds_central: bool = False
-    rank: Callable[[int], int | None] = _unsaid
-    exactness: bool = False
-    tuning: Tuning | None = None
-    tuner: Callable[[], Trainer] | None = None
-
-
-class _RefusedError(Exception):
-    def __init__(self, refusal: Refusal) -> None:
-        self.refusal = refusal
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Ready:
-    """A request to train that can go ahead. job: None where this round's training is done and kept; state: what the
-    client had kept until then, None where that is nothing."""
-
-    client: int
-    task: Task
-    job: Job | None = None
-    state: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,31 +45,30 @@ class _Evaluation:
 
 
 def serve(
-    participant: Participant, client_of: Callable[[Message], int], messages: Sequence[Message]
+    participant: Participant,
+    client_of: Callable[[Message], int],
+    messages: Sequence[Message],
+    vault: Vault | None = None,
 ) -> Iterator[Message]:
     """One reply a message, in order, each as soon as it is there.
 
-    What goes wrong for one client becomes a refusal with its reason, and the others go on.
+    What goes wrong for one client becomes a refusal with its reason, and the others go on. vault: what clients keep of
+    secure sessions between their messages; none lasts longer than this call.
     """
-    for kind, group in groupby(messages, key=lambda m: m.metadata.message_type.partition(".")[0]):
-        run = {"query": _query, "train": _train, "evaluate": _evaluate}[kind]
+    vault = Vault() if vault is None else vault
+    for kind, group in groupby(messages, key=_kind):
         batch = list(group)
-        for message, content in zip(batch, run(participant, client_of, batch), strict=True):
+        if kind == "secure":
+            answers = answer_secure(participant, client_of, batch, vault)
+        else:
+            answers = {"query": _query, "train": _train, "evaluate": _evaluate}[kind](participant, client_of, batch)
+        for message, content in zip(batch, answers, strict=True):
             yield Message(content, reply_to=message)
 
 
-def refusal_of(error: Exception) -> Refusal:
-    """What a client says of its own failure."""
-    match error:
-        case _RefusedError():
-            return error.refusal
-        case ConstantsMissing():
-            return Refusal("constants", str(error))
-        case ProtocolError():
-            return Refusal("refused", str(error))
-        case ConfigError():
-            return Refusal("failed", str(error))
-    return Refusal("failed", f"{type(error).__name__}: {error}")
+def _kind(message: Message) -> str:
+    category, _, action = message.metadata.message_type.partition(".")
+    return "secure" if action == "secure" else category
 
 
 def _query(
@@ -125,16 +82,17 @@ def _query(
 
 
 def _capabilities(participant: Participant, client: int, content: RecordDict) -> RecordDict:
-    query = unpack_query(content)
+    query, secure = unpack_query(content), participant.secure
     return pack_capabilities(
         Capabilities(
             client,
             participant.trainer.base,
-            participant.examples(client),
+            participant.examples(client) if secure is None else None,
             participant.holds_central,
             participant.store.digests(),
             participant.trainer.start() if query.start == client else None,
             participant.rank(client),
+            "" if secure is None else secure.identity(client).id.hex(),
         )
     )
 
@@ -143,7 +101,7 @@ def _train(
     participant: Participant, client_of: Callable[[Message], int], messages: Sequence[Message]
 ) -> Iterator[RecordDict]:
     plans = _plans(participant, client_of, messages, _ready)
-    jobs = [plan.job for plan in plans if isinstance(plan, _Ready) and plan.job is not None]
+    jobs = [plan.job for plan in plans if isinstance(plan, Ready) and plan.job is not None]
     results = one_by_one(participant.trainer.train_many, jobs)
     for plan in plans:
         if isinstance(plan, Refusal):
@@ -156,35 +114,22 @@ def _train(
             yield pack_refusal(refusal_of(error))
 
 
-def _ready(participant: Participant, client: int, request: Request) -> _Ready:
-    task = request.broadcast.task
-    if task.pass_ > 0:
-        return _Ready(client, task)
-    if participant.examples(client).train == 0:
-        raise _RefusedError(Refusal("failed", "this client has no training examples"))
-    state = participant.store.load(client, task.round)
-    start, own = _personal(participant, request.broadcast.adapter, task, state or {}), under(state or {}, "rule/")
-    job = Job(
-        client,
-        task.round,
-        derive(participant.seed, "train", task.round, client),
-        start,
-        participant.rule.trains(task),
-        request.broadcast.tail,
-        under(state or {}, "kept/"),
-        participant.rule.objective(task, start, own),
+def _ready(participant: Participant, client: int, request: Request) -> Ready:
+    if participant.secure is not None:
+        raise ProtocolError("this client's run is secure: it sends nothing in the clear that it has trained")
+    return (
+        Ready(client, request.broadcast.task) if request.broadcast.task.pass_ else ready(participant, client, request)
     )
-    return _Ready(client, task, job, state)
 
 
-def _term(participant: Participant, plan: _Ready, result: Done | Failed | None) -> Term:
+def _term(participant: Participant, plan: Ready, result: Done | Failed | None) -> Term:
     rule, task = participant.rule, plan.task
     if isinstance(result, Failed):
-        raise _RefusedError(Refusal("failed", result.reason))
+        raise RefusedError(Refusal("failed", result.reason))
     if result is None or plan.job is None:
         past = recall(participant.store.at(plan.client, task.round))
         if past is None:
-            raise _RefusedError(
+            raise RefusedError(
                 Refusal("failed", f"round {task.round}'s update is gone: can't answer pass {task.pass_}")
             )
         update, metrics = past
@@ -192,16 +137,13 @@ def _term(participant: Participant, plan: _Ready, result: Done | Failed | None) 
         update, metrics = Update(plan.job.start, result.trained, result.travel), result.metrics
     weight = participant.weighting.weight(participant.examples(plan.client).train)
     vector = contribute(rule, participant.channel, update, weight, metrics, task, participant.exactness)
+    small, left = coded(participant, plan.client, task, update.received, vector, plan.state or {})
     if result is not None:
-        had = plan.state or {}
-        mine = its_own(result.trained, under(had, "personal/"), rule.personal(task.spec))
-        state: dict[str, Tensor] = {f"personal/{n}": x for n, x in mine.items()}
-        state |= {f"kept/{n}": x for n, x in result.kept.items()}
-        state |= {f"rule/{n}": x for n, x in rule.keep(update, task, under(had, "rule/")).items()}
+        state = to_keep(participant, plan, update, result) | left
         state |= remember(update, metrics) if rule.passes > 1 else {}
         if state or plan.state is not None:
             participant.store.save(plan.client, task.round, state)
-    return Term(task.round, task.pass_, vector)
+    return Term(task.round, task.pass_, vector, small)
 
 
 def _evaluate(
@@ -231,8 +173,10 @@ def _evaluate(
 
 def _evaluation(participant: Participant, client: int, request: Request) -> _Evaluation:
     broadcast, counts = request.broadcast, participant.examples(client)
+    if participant.secure is not None and set(request.parts) != {"central"}:
+        raise ProtocolError("this client's run is secure: it evaluates on no rows of its own for others")
     state = participant.store.load(client, broadcast.task.round)
-    mine = _personal(participant, broadcast.adapter, broadcast.task, state or {})
+    mine = personal(participant, broadcast.adapter, broadcast.task, state or {})
     sizes = {"train": counts.train, "validation": counts.validation, "test": counts.test}
     trials: dict[Part, Trial | Tuned | None] = {}
     for part in request.parts:
@@ -273,27 +217,8 @@ def _plans(
         try:
             key = id(message.content)
             if key not in requests:
-                requests[key] = _request(participant, message.content)
+                requests[key] = received(participant, message.content)
             plans.append(plan(participant, client_of(message), requests[key]))
         except Exception as error:
             plans.append(refusal_of(error))
     return plans
-
-
-def _request(participant: Participant, content: RecordDict) -> Request:
-    request = unpack_request(content, participant.store.constants)
-    mine = participant.trainer.base
-    if request.base != mine:
-        reason = (
-            f"this node's base model and adapter shape are {mine}; the run's are {request.base[:80]}: "
-            f"use the same model files and the same adapter settings on both"
-        )
-        raise _RefusedError(Refusal("base", reason))
-    if request.brought:
-        participant.store.save_constants(request.digest, request.constants)
-    return request
-
-
-def _personal(participant: Participant, adapter: Adapter, task: Task, state: Mapping[str, Tensor]) -> Adapter:
-    mine = with_own(adapter, under(state, "personal/"), participant.rule.personal(task.spec))
-    return participant.rule.begin(mine, under(state, "rule/"))

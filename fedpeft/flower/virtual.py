@@ -20,6 +20,7 @@ from fedpeft.flower.answers import Refusal, pack_refusal
 from fedpeft.flower.apps import Build, answer, client_of
 from fedpeft.flower.inprocess import Alike, Handler, InProcessGrid, NodeConfig
 from fedpeft.flower.packing import glance, tensor_bytes
+from fedpeft.flower.vault import Vault
 from fedpeft.rounds import Errand, Population, Visit
 
 ErrandOf = Callable[[int, int, int], tuple[float, float, str]]
@@ -167,8 +168,9 @@ def virtual(
     batch: int | None = None,
 ) -> VirtualGrid:
     """A grid of clients 0 to ``clients`` - 1 in this process, in virtual time; see ``in_process``."""
+    vault = Vault()
 
     def handle(messages: Sequence[Message], nodes: Mapping[int, NodeConfig]) -> Iterator[Message]:
-        return answer(build, messages, nodes)
+        return answer(build, messages, nodes, vault)
 
     return VirtualGrid(handle, Alike(config, clients), population, errand, batch)

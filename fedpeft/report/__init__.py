@@ -8,6 +8,7 @@ from fedpeft.report.inexact import inexact
 from fedpeft.report.page import write_report
 from fedpeft.report.people import ClientData
 from fedpeft.report.records import BaselineRecord, FinalRecord, RoundRecord, RunRecord, Score, Scores
+from fedpeft.report.sessions import PhaseRecord, SecureRecord, label_json, write_privacy
 from fedpeft.report.side_by_side import arrival_table, table, write_comparison
 from fedpeft.report.strict import Json
 
@@ -21,17 +22,21 @@ __all__ = [
     "FinalRecord",
     "History",
     "Json",
+    "PhaseRecord",
     "RoundRecord",
     "RunFolder",
     "RunRecord",
     "Score",
     "Scores",
+    "SecureRecord",
     "arrival_table",
     "compare",
     "history",
     "inexact",
+    "label_json",
     "settled",
     "table",
     "write_comparison",
+    "write_privacy",
     "write_report",
 ]

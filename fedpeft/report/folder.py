@@ -15,12 +15,14 @@ from fedpeft.report.checkpoint import Checkpoints
 from fedpeft.report.files import append, refusal, settle_names, write_whole
 from fedpeft.report.journal import METRICS, Line, journal, parse
 from fedpeft.report.records import SCHEMA, Record
+from fedpeft.report.sessions import PRIVACY
 from fedpeft.report.strict import Json, plain
 
 LOCK = "config.lock.toml"
 FLEET = "fleet.sqlite"
 _OURS = (
-    METRICS, "report.html", "checkpoints", "adapter", "merged", "clients", *(FLEET + x for x in ("", "-wal", "-shm")),
+    METRICS, "report.html", PRIVACY, "checkpoints", "adapter", "merged", "clients", "versions",
+    *(FLEET + x for x in ("", "-wal", "-shm")),
     LOCK,  # last: it makes a run
 )  # fmt: skip
 

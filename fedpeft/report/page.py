@@ -12,6 +12,7 @@ from fedpeft.report.history import History, history
 from fedpeft.report.inexact import errors, meaning
 from fedpeft.report.plots import clients, curves, last_clients, spread
 from fedpeft.report.population import population
+from fedpeft.report.secure import secured
 from fedpeft.report.simulated import kinds_of, learning, schedule, simulated_seconds
 from fedpeft.report.style import CSS
 from fedpeft.report.summary import Standing, gains, perplexity, setting, standings
@@ -60,6 +61,7 @@ def page(h: History) -> str:
         _section("How exact the aggregation was", errors(h), escape(meaning(h))),
         _section("Bytes sent", traffic(h), _traffic_note(h)),
         _section("Timeline", schedule(h) or timeline(h), _devices_note(h) or _timeline_note(h)),
+        secured(h.run.security, [x.secure for x in h.rounds if x.secure is not None]),
         _refusals(h),
         _section("Who holds what", population(h), ""),
         recipe.settings(h),

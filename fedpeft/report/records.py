@@ -6,6 +6,7 @@ from typing import Self, TypeAlias
 
 from fedpeft.report.fields import Fields
 from fedpeft.report.people import ClientData
+from fedpeft.report.sessions import SecureRecord
 from fedpeft.report.strict import Json, finite
 from fedpeft.report.visits import as_rows, of_rows
 from fedpeft.rounds import Exactness, Metrics, Visit
@@ -60,7 +61,7 @@ class Scores:
 class RunRecord:
     """What was run. clients: all of them, or a sample of the ``population``; bytes_per_round: of one client, up and
     down; task: "classify", "image", or "lm", where accuracy is of next tokens; labels: the names of the classes in
-    order; command: what makes this run again.
+    order; command: what makes this run again; security: the label of its secure aggregation, empty in the clear.
     """
 
     name: str
@@ -73,6 +74,7 @@ class RunRecord:
     labels: tuple[str, ...] = ()
     command: str = ""
     started: float | None = None
+    security: Mapping[str, Json] = field(default_factory=dict[str, Json])
 
     @classmethod
     def read(cls, x: Fields) -> Self:
@@ -88,6 +90,7 @@ class RunRecord:
             labels=tuple(x.texts_in("labels")),
             command=x.text("command"),
             started=x.number("started"),
+            security=x.section("security").values,
         )
 
     def json(self) -> dict[str, Json]:
@@ -103,6 +106,7 @@ class RunRecord:
             "labels": self.labels,
             "command": self.command,
             "started": self.started,
+            **({"security": self.security} if self.security else {}),
         }
 
 
@@ -111,7 +115,8 @@ class RoundRecord:
     """One round. round: counts from 1, as the checkpoint written after it does; timeline: (client, start, end) in
     seconds since the round began; started: Unix time; bytes and seconds: of this round alone; staleness: of each
     survivor's answer, in rounds; exactness: errors of the server's change. In virtual time: simulated, seconds from the
-    run's start to the round's end; visits, what became of each message to a client.
+    run's start to the round's end; visits, what became of each message to a client. secure: what its secure
+    aggregation cost.
     """
 
     round: int
@@ -131,6 +136,7 @@ class RoundRecord:
     simulated: float | None = None
     visits: tuple[Visit, ...] = ()
     exactness: Exactness | None = None
+    secure: SecureRecord | None = None
 
     @classmethod
     def read(cls, x: Fields) -> Self:
@@ -152,6 +158,7 @@ class RoundRecord:
             simulated=x.number("simulated"),
             visits=of_rows(x.rows("visits", 5)),
             exactness=_exactness(x.section("exactness")) if x.has("exactness") else None,
+            secure=SecureRecord.read(x.section("secure")) if x.has("secure") else None,
         )
 
     def json(self) -> dict[str, Json]:
@@ -174,6 +181,7 @@ class RoundRecord:
             **({"simulated": self.simulated} if self.simulated is not None else {}),
             **({"visits": as_rows(self.visits)} if self.visits else {}),
             **({"exactness": _errors(self.exactness)} if self.exactness else {}),
+            **({"secure": self.secure.json()} if self.secure else {}),
         }
 
 

@@ -3,6 +3,7 @@
 from fedpeft.rounds.answer import answer_size, contribute
 from fedpeft.rounds.availability import Availability, every
 from fedpeft.rounds.buffered import Buffer, Buffered, Synchronous
+from fedpeft.rounds.coded import compress
 from fedpeft.rounds.devices import FATES, Device, Errand, Population, Visit, bytes_in, populate, trained_rows
 from fedpeft.rounds.exactness import Exactness
 from fedpeft.rounds.metrics import Metrics
@@ -10,6 +11,7 @@ from fedpeft.rounds.places import place
 from fedpeft.rounds.plain import ListRound, Outcome, Round, SumRound
 from fedpeft.rounds.profiles import PACKAGED
 from fedpeft.rounds.ranks import WHOLE, Column, Levels, Listed, Memory, Ranks, Whole
+from fedpeft.rounds.secure import SecureRound, contribute_ring, grids, model_digest, shared_digest
 from fedpeft.rounds.seeds import derive
 from fedpeft.rounds.selection import Selection, draw
 from fedpeft.rounds.trainer import Done, Failed, Job, Trainer, Trial
@@ -38,6 +40,7 @@ __all__ = [
     "Population",
     "Ranks",
     "Round",
+    "SecureRound",
     "Selection",
     "SumRound",
     "Synchronous",
@@ -49,11 +52,16 @@ __all__ = [
     "Whole",
     "answer_size",
     "bytes_in",
+    "compress",
     "contribute",
+    "contribute_ring",
     "derive",
     "draw",
     "every",
+    "grids",
+    "model_digest",
     "place",
     "populate",
+    "shared_digest",
     "trained_rows",
 ]

@@ -9,7 +9,7 @@ An encoding is a change, so one from an older adapter still means something; it 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedpeft.adapters import Array
+from fedpeft.adapters import Array, Layout
 from fedpeft.channel import PlainChannel, Running
 from fedpeft.errors import ProtocolError
 from fedpeft.rounds.answer import STATISTICS, answer_size, inspect, measured, need_finite
@@ -102,6 +102,11 @@ class Buffer:
                 f"rule: {type(self.rule).__name__} sums other tensors in other rounds; want always the same"
             )
         self._sum = self._empty()
+
+    @property
+    def layout(self) -> Layout:
+        """What an answer begins with."""
+        return self.rule.layout(self.state.task)
 
     @property
     def size(self) -> int:

@@ -81,6 +81,11 @@ class Round(ABC):
         """The outcome. ProtocolError if too few answered, or it is not finite; RuntimeError while the round is open."""
 
     @property
+    def layout(self) -> Layout:
+        """What an answer to this pass begins with."""
+        return self._rule.layout(self.state.task)
+
+    @property
     def size(self) -> int:
         """How many numbers an answer to this pass has."""
         return answer_size(self._rule, self.state.task, self.exactness)

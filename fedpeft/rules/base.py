@@ -1,7 +1,7 @@
 """What an aggregation rule is: an algorithm cut at the sum."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Self
@@ -137,6 +137,18 @@ class Rule(ABC):
     def send(self, state: ServerState, rank: int) -> Broadcast:
         """What a client of this rank receives: by default its first directions, and no trace of the rest."""
         return Broadcast(state.task, state.adapter.cut(rank), state.tail)
+
+    def is_for(self, sent: Broadcast, rank: int) -> bool:
+        """Whether a client that is sent this trains as many directions as one of this rank, no more and no fewer."""
+        whole = {x.name: x.rank for x in sent.task.spec.layers}
+        return all(x.rank == min(rank, whole[name]) for name, x in sent.adapter.layers.items())
+
+    def is_nested(self, ranks: Collection[int], spec: Spec) -> bool:
+        """Whether clients of these ranks add to everything that those of lower ones add to, whatever they have learnt.
+
+        Where they do not, nobody can count the contributors to a part of a sum from ranks: it may be of one client.
+        """
+        return True
 
 
 class MeanRule(Rule):

@@ -13,13 +13,14 @@ Sent: R·d or R·k numbers a layer up, of which a client's share is not zero, so
 no position tells the server who chose what; as many down. It needs nothing but the mean.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import DTypeLike
 from typing_extensions import override
 
-from fedpeft.adapters import Array, Layout, LowRank, Tensors, Update
+from fedpeft.adapters import Array, Layout, LowRank, Spec, Tensors, Update
 from fedpeft.rules.base import Broadcast, MeanRule, ServerState, Task
 
 FACTORS = "ba"
@@ -75,6 +76,16 @@ class LoRAA2(MeanRule):
         kind: DTypeLike = next((x.a.dtype for x in state.adapter.layers.values()), np.float32)
         shared = {"rank": np.array([min(rank, most)], kind)}
         return Broadcast(replace(state.task, shared=shared), state.adapter, state.tail)
+
+    @override
+    def is_for(self, sent: Broadcast, rank: int) -> bool:
+        most = max((x.rank for x in sent.task.spec.layers), default=0)
+        return int(sent.task.shared["rank"][0]) == min(rank, most)
+
+    @override
+    def is_nested(self, ranks: Collection[int], spec: Spec) -> bool:
+        """Whether none has to leave directions out: each leaves out its own."""
+        return min(ranks) >= max((x.rank for x in spec.layers), default=0)
 
 
 def _scores(held: LowRank, part: str, change: Array) -> Array:

@@ -10,7 +10,7 @@ where each is averaged by itself (fedit, ffa, rolora, rbla); other rules need bo
 Known defect: what stays of a client that is never asked to train is what it began with, beside what the others learnt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -108,6 +108,15 @@ class Hiding(Rule):
     def constant(self, spec: Spec) -> frozenset[str]:
         hidden = chosen(self.tensors, spec)
         return hidden | self.rule.constant(_shown_spec(spec, hidden))
+
+    @override
+    def is_for(self, sent: Broadcast, rank: int) -> bool:
+        hidden = chosen(self.tensors, sent.task.spec)
+        return self.rule.is_for(replace(sent, task=self.inside(sent.task), adapter=_shown(sent.adapter, hidden)), rank)
+
+    @override
+    def is_nested(self, ranks: Collection[int], spec: Spec) -> bool:
+        return self.rule.is_nested(ranks, _shown_spec(spec, chosen(self.tensors, spec)))
 
     @override
     def layout(self, task: Task) -> Layout:

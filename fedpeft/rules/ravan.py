@@ -12,6 +12,7 @@ Sent: h(r² + 1) numbers a layer up, h·r² down, zeros included; the factors tr
 used, nor answers to older rounds: which heads have a mean changes from round to round.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from fedpeft.adapters import Array, Basis, Layer, Layout, Tensors, Update, bases, cored
+from fedpeft.adapters import Array, Basis, Layer, Layout, Spec, Tensors, Update, bases, cored
 from fedpeft.rules.base import Broadcast, MeanRule, ServerState, Task
 from fedpeft.rules.factors import ROUNDING
 from fedpeft.rules.fedsb import singular
@@ -97,7 +98,7 @@ class Ravan(MeanRule):
         tail, mine, blocks = dict(state.tail), dict[str, Basis](), dict[str, Array]()
         for name, basis in bases(state.adapter).items():
             layer, (heads, width) = state.adapter.layers[name], basis.at.shape
-            count = min(heads, max(1, rank // width))
+            count = _count(heads, width, rank)
             if count == heads:
                 continue
             is_mine = np.isin(np.arange(heads), (state.task.round * count + np.arange(count)) % heads)
@@ -108,10 +109,26 @@ class Ravan(MeanRule):
                 tail[name] = tail[name].join(other) if name in tail else other
         return Broadcast(state.task, cored(state.adapter, mine, blocks), tail)
 
+    @override
+    def is_for(self, sent: Broadcast, rank: int) -> bool:
+        sizes = {x.name: self.sizes(x) for x in sent.task.spec.layers}
+        return all(x.rank == _count(*sizes[n], rank) * sizes[n][1] for n, x in sent.adapter.layers.items())
+
+    @override
+    def is_nested(self, ranks: Collection[int], spec: Spec) -> bool:
+        """Whether all who do not train every head train as many: then they train the same ones."""
+        sizes = [self.sizes(x) for x in spec.layers]
+        return all(len({_count(h, width, rank) for rank in ranks} - {h}) <= 1 for h, width in sizes)
+
     def sizes(self, layer: Layer) -> tuple[int, int]:
         """How many heads a layer has, and the directions of each."""
         heads = gcd(self.heads, layer.rank)
         return heads, layer.rank // heads
+
+
+def _count(heads: int, width: int, rank: int) -> int:
+    """How many heads of this width a client of this rank trains."""
+    return min(heads, max(1, rank // width))
 
 
 @lru_cache(maxsize=1)

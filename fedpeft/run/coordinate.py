@@ -9,13 +9,29 @@ from fedpeft.adapters import Adapter
 from fedpeft.config import Experiment
 from fedpeft.errors import ProtocolError
 from fedpeft.flower import Evaluation, Fleet, Flow, Grid, Part, Registry, Traffic, VirtualGrid, drive, evaluate, muster
-from fedpeft.report import FLEET, FinalRecord, Json, RoundRecord, RunFolder, Score, Scores, history, settled
-from fedpeft.rounds import ListRound, Metrics, Outcome, Round, SumRound
+from fedpeft.report import (
+    FLEET,
+    FinalRecord,
+    Json,
+    RoundRecord,
+    RunFolder,
+    Score,
+    Scores,
+    SecureRecord,
+    history,
+    settled,
+)
+from fedpeft.rounds import ListRound, Metrics, Outcome, Round, SecureRound, SumRound
 from fedpeft.rules import ListRule, ServerState, Task
+from fedpeft.run.compression import check_compression, compressed
 from fedpeft.run.panel import panel
 from fedpeft.run.ranks import Assigned, check_clients, check_spec
+from fedpeft.run.secure import Sessions, check_ranks
 from fedpeft.run.view import View
 from fedpeft.run.virtual import flow_of, recall, remembered
+
+_LOOKED_AT = 10_000
+"""Clients whose ranks are looked at before a run begins."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,6 +43,7 @@ class _Training:
     outcome: Outcome | None
     refused: tuple[tuple[int, str], ...]
     traffic: Traffic
+    secure: SecureRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +51,7 @@ class Coordinator:
     """One run, on whatever carries the messages. Its state is in the folder, so that another process can go on.
 
     time: the grid itself, where it has a clock of its own; said: the ranks of clients that say their own, where that
-    is known before they are asked.
+    is known before they are asked; sessions: of secure aggregation, None for a run in the clear.
     """
 
     found: Experiment
@@ -42,6 +59,7 @@ class Coordinator:
     view: View
     time: VirtualGrid | None = None
     said: Callable[[int], int | None] | None = None
+    sessions: Sessions | None = None
 
     def run(self, grid: Grid, clients: int) -> Adapter:
         """Do all rounds that the last checkpoint leaves to be done; the adapter that training began with.
@@ -49,12 +67,13 @@ class Coordinator:
         Raises ProtocolError where the nodes do not suffice, or too many rounds in a row fail.
         """
         found = self.found
-        check_clients(found, clients)
+        check_clients(found, clients, None if self.sessions is None else self.sessions.policy)
         patience = found.selection.deadline
         clock, sleep = (time.monotonic, time.sleep) if self.time is None else (self.time.clock, self.time.sleep)
         registry = Registry(self.folder.path / FLEET)
         fleet = muster(
-            grid, found.rule, found.settings_json, clients, found.fleet.wait, True, clock, sleep, patience, registry
+            *(grid, found.rule, found.settings_json, clients, found.fleet.wait, True, clock, sleep, patience, registry),
+            identified=self.sessions is not None,
         )
         for why in fleet.refused:
             self.view.note(why)
@@ -71,8 +90,11 @@ class Coordinator:
         if fleet.start is None:
             raise ProtocolError("no node gave the adapter to start from")
         check_spec(found, fleet.start.spec)
+        check_compression(found, fleet.start.spec)
         start, said = fleet.start, self.said or registry.rank
         fleet = replace(fleet, rank=Assigned(found.ranks, clients, found.seed, said))
+        check_ranks(found, {fleet.rank(client, 0) for client in islice(fleet.clients(), _LOOKED_AT)}, start.spec)
+        fleet = compressed(fleet, found, self.folder.path)
         state, extras = self._begin(start)
         registry.rewind(state.task.round)
         flow = flow_of(found, fleet, state, lambda client, problem: self.view.advance())
@@ -143,6 +165,7 @@ class Coordinator:
             exactness=outcome.exactness if outcome else None,
             simulated=self.time.clock() if self.time else None,
             visits=self.time.take_visits() if self.time else (),
+            secure=did.secure,
         )
         # The record first: a record without its checkpoint is dropped on resume, a checkpoint without its
         # record would leave a hole.
@@ -161,8 +184,13 @@ class Coordinator:
         cohort = found.selection.choose(fleet.clients(), found.seed, number, fleet.known, resting)
         self.view.work(f"round {number + 1}: training", len(cohort))
         ranks = {client: fleet.rank(client, number) for client in cohort}
-        round = self._open(state, ranks, fleet.known)
-        traffic = drive(fleet, round, found.selection.deadline, lambda client, problem: self.view.advance())
+        try:
+            round, traffic, secure = self._drive(fleet, state, ranks)
+        except ProtocolError as error:  # too few for a session, or a second server that gives no sum
+            if number < found.rule.fewest_rounds - 1:
+                raise
+            self.view.note(f"round {number + 1} is left out: {error}")
+            return _Training(state.next(state.adapter), cohort, None, (), Traffic())
         refused = tuple(round.refused)
         try:
             outcome = round.result()
@@ -174,8 +202,21 @@ class Coordinator:
                     f"with this one (selection.quorum and selection.deadline are the limits)"
                 ) from error
             self.view.note(f"round {number + 1} is left out: {error}")
-            return _Training(state.next(state.adapter), cohort, None, refused, traffic)
-        return _Training(outcome.state, cohort, outcome, refused, traffic)
+            return _Training(state.next(state.adapter), cohort, None, refused, traffic, secure)
+        return _Training(outcome.state, cohort, outcome, refused, traffic, secure)
+
+    def _drive(
+        self, fleet: Fleet, state: ServerState, ranks: Mapping[int, int]
+    ) -> tuple[Round | SecureRound, Traffic, SecureRecord | None]:
+        """A round of these clients, by rank, run to its end."""
+
+        def told(client: int, problem: str | None) -> None:
+            self.view.advance()
+
+        if self.sessions is not None:
+            return self.sessions.drive(fleet, state, ranks, fleet.known, told)
+        round = self._open(state, ranks, fleet.known)
+        return round, drive(fleet, round, self.found.selection.deadline, told), None
 
     def _fill(self, flow: Flow, state: ServerState) -> _Training:
         self.view.work(f"step {state.task.round + 1}: training", flow.buffer.terms.buffer)
@@ -193,9 +234,9 @@ class Coordinator:
         enough = found.selection.wanted(clients) if found.selection.over else None
         largest, measures = found.weighting.largest, found.evaluation.exactness
         if isinstance(found.rule, ListRule):
-            return ListRound(state, ranks, quorum, found.channel, enough, largest, rule=found.rule, exactness=measures)
+            return ListRound(state, ranks, quorum, found.plain, enough, largest, rule=found.rule, exactness=measures)
         return SumRound(
-            *(state, ranks, quorum, found.channel, enough, largest),
+            *(state, ranks, quorum, found.plain, enough, largest),
             rule=found.rule,
             optimiser=found.server,
             exactness=measures,

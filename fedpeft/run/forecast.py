@@ -8,15 +8,18 @@ from functools import cache
 import numpy as np
 
 from fedpeft.adapters import Adapter, lasting
+from fedpeft.channel import Codec
 from fedpeft.config import Experiment
 from fedpeft.config.ranks import largest_rank
 from fedpeft.errors import ConfigError
 from fedpeft.flower.small import narrowed, narrowed_tail
-from fedpeft.rounds import WHOLE, answer_size
+from fedpeft.rounds import WHOLE
 from fedpeft.rules import Rule, ServerState, Task
+from fedpeft.run.compression import bytes_of, bytes_up, check_compression
 from fedpeft.run.node import without_data, workshop
 from fedpeft.run.outlook import Outlook, outlook
 from fedpeft.run.ranks import Assigned, check_clients, check_holders, check_spec
+from fedpeft.run.secure import DEPLOYED, check_ranks, secrecy
 from fedpeft.run.virtual import assigned
 
 ROUGHLY = 0.3
@@ -53,12 +56,14 @@ class Forecast:
     outlook: Outlook | None = None
     ranks: tuple[tuple[int, int], ...] = ()
     told: int = 0
+    secrecy: tuple[tuple[str, str], ...] = ()
 
 
-def fetches(rule: Rule, start: Adapter) -> Callable[[int], int]:
+def fetches(rule: Rule, start: Adapter, codec: Codec | None = None) -> Callable[[int], int]:
     """Bytes that a client of a rank fetches in a round, without what travels once.
 
-    Of one in which b is no longer zero, and the rule is beyond what it begins with.
+    Of one in which b is no longer zero, and the rule is beyond what it begins with. codec: of the change since the
+    version that the client has from the round before.
     """
     constant = rule.constant(start.spec)
     moved = {f"{name}/b": np.ones_like(x.b) for name, x in start.layers.items()}
@@ -67,8 +72,9 @@ def fetches(rule: Rule, start: Adapter) -> Callable[[int], int]:
     @cache
     def of(rank: int) -> int:
         sent = rule.send(state, rank)
-        own = sum(x.nbytes for n, x in narrowed(sent.adapter).items() if n not in constant)
-        return own + sum(x.nbytes for x in narrowed_tail(sent.tail, sent.adapter).values())
+        own = [x for n, x in narrowed(sent.adapter).items() if n not in constant]
+        each = [*own, *narrowed_tail(sent.tail, sent.adapter).values()]
+        return sum(bytes_of(codec, x.size) if x.dtype == np.float32 else x.nbytes for x in each)
 
     return of
 
@@ -88,28 +94,30 @@ def forecast(found: Experiment) -> Forecast:
     task = Task(start.spec, found.rule.fewest_rounds - 1)
     state = ServerState(task, start)
     passes = [replace(task, pass_=n) for n in range(found.rule.passes)]
-    numbers = sum(answer_size(found.rule, x, found.evaluation.exactness) for x in passes)
-    up = (8 if found.channel.exact else 4) * numbers
+    up = sum(bytes_up(found, x) for x in passes)
     constant = found.rule.constant(start.spec)
-    sent, fetched = found.rule.send(state, WHOLE).adapter, fetches(found.rule, start)
+    sent, fetched = found.rule.send(state, WHOLE).adapter, fetches(found.rule, start, found.compression.codec_down)
     once = sum(x.nbytes for n, x in sent.tensors().items() if n in constant)
     once += sum(x.nbytes for x in lasting(sent).values())
     clients = found.fleet.nodes or 0 if own_data else here.federation.clients
-    check_clients(found, clients)
+    check_clients(found, clients, DEPLOYED if own_data else None)
     check_spec(found, start.spec)
+    check_compression(found, start.spec)
     some = range(clients) if own_data else here.federation.some()
     assign = Assigned(found.ranks, clients, found.seed, lambda _: None) if own_data else assigned(found, here)
     ranks = [] if own_data and found.ranks.is_said else [min(assign(c, 0), largest_rank(found.adapter)) for c in some]
     check_holders(found, ranks)
+    check_ranks(found, ranks, start.spec)
     sizes = [] if own_data else [here.federation.size(client).train for client in some]
-    base = sum(x.numel() for x in trainer.frozen.model.parameters())
+    base = trainer.frozen
     trained = sum(x.size for x in start.tensors().values())
     cohort = found.selection.wanted(clients)
     together = min(trainer.together, cohort)
     training = replace(
         trainer.training, batch=min([trainer.training.batch, *([max(sizes)] if sizes else [])]) * together
     )
-    peak, machine = estimate(trainer.frozen.model.config, base, start.spec, training), memory()
+    peak = estimate(base.model.config, base.parameters, start.spec, training, base.quantise)
+    machine = memory()
     if trainer.place.device.type == "cpu" and peak * (1 - ROUGHLY) > machine["total"]:
         raise ConfigError(
             f"training.batch: got {found.training.batch}, with which the run takes about {peak / 1e9:.3g} GB; "
@@ -124,7 +132,7 @@ def forecast(found: Experiment) -> Forecast:
         smallest=min(sizes, default=0),
         largest=max(sizes, default=0),
         parameters=trained,
-        base_parameters=base - trained,
+        base_parameters=base.parameters,
         bytes_up=up,
         bytes_down=round(sum(map(fetched, ranks)) / len(ranks)) if ranks else fetched(WHOLE),
         bytes_once=once,
@@ -135,4 +143,5 @@ def forecast(found: Experiment) -> Forecast:
         outlook=None if own_data or not found.simulation.devices else outlook(found, here, fetched),
         ranks=() if found.ranks.is_whole else tuple(sorted(Counter(ranks).items())),
         told=len(ranks),
+        secrecy=secrecy(found, cohort),
     )

@@ -17,7 +17,6 @@ class Needs:
 
     def __init__(self, trainer: "TorchTrainer") -> None:
         self._trainer = trainer
-        self._base = sum(x.numel() for x in trainer.frozen.model.parameters())
         self._bytes = cache(self._estimate)
 
     def of(self, rows: int, rank: int) -> int:
@@ -31,6 +30,6 @@ class Needs:
     def _estimate(self, batch: int, rank: int) -> int:
         from fedpeft.training.memory import estimate
 
-        trainer = self._trainer
-        spec = trainer.start().cut(rank).spec
-        return estimate(trainer.frozen.model.config, self._base, spec, replace(trainer.training, batch=batch))
+        trainer, base = self._trainer, self._trainer.frozen
+        spec, training = trainer.start().cut(rank).spec, replace(trainer.training, batch=batch)
+        return estimate(base.model.config, base.parameters, spec, training, base.quantise)

@@ -15,6 +15,7 @@ from fedpeft.data import Federation, Source, Table, federate, own
 from fedpeft.errors import ConfigError, ProtocolError
 from fedpeft.flower import ClientStore, Counts, Participant
 from fedpeft.rounds import Column, Tuning, derive
+from fedpeft.run.members import member
 from fedpeft.run.ranks import check_column, said_by_node
 from fedpeft.run.tables import table
 from fedpeft.training.environment import cache_folder, starting
@@ -116,25 +117,30 @@ def participant(settings_json: str, node_config: Mapping[str, Scalar]) -> Partic
 
     node_config: "partition-id", the client's number; "data", a data set of its own; "rank", how many directions it
     trains, or "memory", bytes or such as "512MB" that training may take, where the experiment's ranks are for clients
-    to say; "state", a folder for what the client keeps between messages (in the cache folder, by run, if not given).
+    to say; "state", a folder for what the client keeps between messages (in the cache folder, by run, if not given);
+    "trust", the file with its key, roster and policy for secure aggregation.
     """
     data = node_config.get("data")
     number = int(node_config.get("partition-id", 0))
     here = workshop(settings_json, None if data is None else str(data), 0 if data is None else number)
-    found = here.found
+    found, state = here.found, _state(here.found, node_config)
+    secure = member(here, node_config, state)  # first: what it refuses need not load a model
     return Participant(
         trainer=here.trainer,
         rule=found.rule,
-        channel=found.channel,
+        channel=found.plain,
         weighting=found.weighting,
         seed=found.seed,
-        store=ClientStore(_state(found, node_config)),
+        store=ClientStore(state),
         examples=here.counts,
         rank=lambda client: said_by_node(here, node_config, client),
         holds_central=found.evaluation.central and len(here.federation.central) > 0,
         exactness=found.evaluation.exactness,
         tuning=Tuning(found.personal.dual, found.personal.mix) if found.personal.finetune else None,
         tuner=lambda: here.tuner,
+        secure=secure,
+        up=found.compression.codec_up,
+        down=found.compression.codec_down,
     )
 
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from fedpeft.adapters import Spec
 from fedpeft.config import Experiment
 from fedpeft.config.ranks import largest_rank
+from fedpeft.config.secure import check_cohort
 from fedpeft.data import Federation
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import WHOLE, Column, Memory, Ranks, bytes_in
 from fedpeft.rules import Krum, ListRule, MeanRule, Median, PersonalList, PersonalMean, TrimmedMean
 from fedpeft.run.needs import Needs
+from fedpeft.secagg import Policy
 from fedpeft.training.environment import memory
 
 if TYPE_CHECKING:
@@ -76,9 +78,13 @@ def check_column(ranks: Ranks, largest: int, found: tuple[int, ...] | None) -> N
         )
 
 
-def check_clients(found: Experiment, clients: int) -> None:
-    """Raise ConfigError, naming the key, for what can't be run with so many clients."""
+def check_clients(found: Experiment, clients: int, policy: Policy | None = None) -> None:
+    """Raise ConfigError, naming the key, for what can't be run with so many clients.
+
+    policy: the least that they ask for under secure aggregation, what is usual if not given.
+    """
     found.ranks.check(clients)
+    check_cohort(found, clients, policy)
     terms = found.simulation.hostile
     if terms is not None and terms.count(clients) < 1:
         raise ConfigError(

@@ -72,7 +72,7 @@ def rulebook(found: Experiment | None = None) -> list[Row]:
         known = facts(rule)
         up, down = known.up, known.down
         if start is not None and found is not None:
-            up, down = _sized(rule, start, 8 if found.channel.exact else 4)
+            up, down = _sized(rule, start, found.channel.number_bytes)
             down += " + tail" if known.down.endswith("tail") else ""
         rows.append(Row(name, about, sources, known, up, down))
     return rows

@@ -18,16 +18,27 @@ from fedpeft.config import Experiment, experiment
 from fedpeft.config.ranks import largest_rank
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.flower import ClientStore, in_process, under, with_own
-from fedpeft.report import ClientData, RunFolder, RunRecord, history, write_report
+from fedpeft.report import (
+    ClientData,
+    Json,
+    RunFolder,
+    RunRecord,
+    history,
+    label_json,
+    write_privacy,
+    write_report,
+)
 from fedpeft.rounds import Buffered
 from fedpeft.run.baselines import measure
 from fedpeft.run.coordinate import Coordinator
 from fedpeft.run.hostile import is_hostile, simulated
-from fedpeft.run.node import Workshop, without_data, workshop
+from fedpeft.run.node import Scalar, Workshop, without_data, workshop
 from fedpeft.run.panel import panel, sample
 from fedpeft.run.ranks import Assigned, check_clients, check_holders
+from fedpeft.run.simulated import SIMULATED, losses, sessions
 from fedpeft.run.view import View
 from fedpeft.run.virtual import assigned, population, virtual_grid
+from fedpeft.secagg import Protocol
 
 _PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "safetensors")
 
@@ -56,7 +67,7 @@ def simulate(
         check_clients(found, clients)
         check_holders(found, [ranks(client, 0) for client in here.federation.some()])
         said = ranks.said if found.ranks.is_said else None
-        record(folder, found, here, ranks)
+        record(folder, found, here, ranks, is_simulated=True)
         if here.trainer.refusal:
             method = found.adapter.method
             view.note(f"clients train one after another: {method} can't be for many at once: {here.trainer.refusal}")
@@ -64,8 +75,11 @@ def simulate(
             time_grid = virtual_grid(found, here, path / "clients")
             start = Coordinator(_patient(found), folder, view, time_grid, said).run(time_grid, clients)
         else:
-            grid = in_process(simulated, clients, {"state": str(path / "clients")})
-            start = Coordinator(_patient(found), folder, view, said=said).run(grid, clients)
+            nodes: dict[str, Scalar] = {"state": str(path / "clients"), SIMULATED: True}
+            grid = in_process(simulated, clients, nodes, losses(found, clients))
+            patient = _patient(found)
+            secure = sessions(patient, clients)
+            start = Coordinator(patient, folder, view, said=said, sessions=secure).run(grid, clients)
         finish(folder, here)
         if baselines:
             for baseline in measure(found, here, start, view, frozenset(history(path).baselines)):
@@ -80,7 +94,8 @@ def _patient(found: Experiment) -> Experiment:
     In virtual time they may be both, so the deadline stays.
     """
     deadline = found.selection.deadline if found.simulation.devices else inf
-    return replace(found, selection=replace(found.selection, deadline=deadline), fleet=replace(found.fleet, wait=inf))
+    fleet = replace(found.fleet, wait=inf, patience=inf)
+    return replace(found, selection=replace(found.selection, deadline=deadline), fleet=fleet)
 
 
 def opened(
@@ -131,9 +146,16 @@ def _lock(path: Path) -> dict[str, Any]:
         raise DataError(f"{path / 'config.lock.toml'}: damaged: {error}; restore it, or start the run anew") from error
 
 
-def record(folder: RunFolder, found: Experiment, here: Workshop | None, ranks: Assigned | None = None) -> None:
+def record(
+    folder: RunFolder,
+    found: Experiment,
+    here: Workshop | None,
+    ranks: Assigned | None = None,
+    is_simulated: bool = False,
+) -> None:
     """What was run, written once; without ``here`` the clients' data is theirs to know, and of very many clients it
-    is told for those with which the run is evaluated at the end. ranks: of a simulated run's clients.
+    is told for those with which the run is evaluated at the end. ranks: of a simulated run's clients; is_simulated:
+    whether this process makes the clients' keys.
     """
     if history(folder.path).run.settings:
         return
@@ -162,8 +184,18 @@ def record(folder: RunFolder, found: Experiment, here: Workshop | None, ranks: A
             labels=() if here is None else here.federation.table.classes,
             command=command,
             started=time.time(),
+            security=security(folder, found, is_simulated, 0 if here is None else here.federation.clients),
         )
     )
+
+
+def security(folder: RunFolder, found: Experiment, simulated: bool, clients: int) -> dict[str, Json]:
+    """The label of a run's secure aggregation, also in ``privacy.json``; empty for a run in the clear."""
+    if not isinstance(found.secagg, Protocol):
+        return {}
+    label = label_json(found.secagg.label(found.selection.wanted(clients or found.fleet.nodes or 0)), simulated)
+    write_privacy(folder.path, label)
+    return label
 
 
 def finish(folder: RunFolder, here: Workshop) -> None:
@@ -188,18 +220,34 @@ def finish(folder: RunFolder, here: Workshop) -> None:
     write_report(folder.path)
 
 
+_FOLDERS = {"peft": "adapter", "merged": "merged", "onnx": "onnx", "gguf": "gguf"}
+
+
 def export_run(path: Path, to: str, out: Path | None) -> Path:
-    """Write the adapter of a run as "peft" or "merged" into ``out`` (the run's own folder if not given)."""
+    """Write the adapter of a run as "peft", "merged", "onnx" or "gguf" into ``out``, or else into the run's folder.
+
+    All but peft are loaded again, and compared with the run's model, before this returns. ConfigError for what a
+    format can't express, or gets wrong.
+    """
     from fedpeft.training import export
 
     folder = RunFolder.open(path)
     found = stored(path)
-    bridge = (without_data(found) if found.fleet.own_data else workshop(found.settings_json)).trainer.bridge
+    trainer = (without_data(found) if found.fleet.own_data else workshop(found.settings_json)).trainer
+    bridge, base = trainer.bridge, trainer.frozen
     state = folder.checkpoints.load().state
     bridge.write(state.adapter)
-    target = out or path / {"peft": "adapter", "merged": "merged"}[to]
+    target = out or path / _FOLDERS[to]
     if to == "merged":
-        export.export_merged(bridge, target, tail=state.tail)
+        export.export_merged(bridge, target, base.tokenizer, state.tail)
+    elif to == "onnx":
+        from fedpeft.training.export_onnx import export_onnx
+
+        export_onnx(bridge, target, base.tokenizer, base.pixels, state.tail)
+    elif to == "gguf":
+        from fedpeft.training.export_gguf import export_gguf
+
+        export_gguf(bridge, target, state.tail)
     else:
         export.export_peft(bridge, target, tail=state.tail)
     return target

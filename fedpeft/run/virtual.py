@@ -16,12 +16,12 @@ from fedpeft.rounds import (
     Errand,
     Memory,
     Population,
-    answer_size,
     every,
     populate,
     trained_rows,
 )
 from fedpeft.rules import MeanRule, ServerState, Task
+from fedpeft.run.compression import bytes_up
 from fedpeft.run.hostile import simulated
 from fedpeft.run.needs import Needs
 from fedpeft.run.node import Workshop
@@ -119,8 +119,7 @@ class Work:
         return int((self._found.training.image_size or pixels.size) // pixels.patch) ** 2 + 1
 
     def _bytes_up(self, round: int, pass_: int) -> float:
-        size = answer_size(self._found.rule, Task(self._spec, round, pass_), self._found.evaluation.exactness)
-        return float((8 if self._found.channel.exact else 4) * size)
+        return float(bytes_up(self._found, Task(self._spec, round, pass_)))
 
 
 def read_trace(path: Path) -> Sequence[Availability]:
@@ -163,7 +162,7 @@ def flow_of(found: Experiment, fleet: Fleet, state: ServerState, on_reply: OnRep
         found.rule,
         found.schedule,
         found.server,
-        found.channel,
+        found.plain,
         found.weighting.largest,
         fleet.rank,
         exactness=found.evaluation.exactness,

@@ -2,5 +2,7 @@
 
 from fedpeft.testing.cohorts import cohort, computed, play, start
 from fedpeft.testing.laws import Law, rule_laws
+from fedpeft.testing.secagg import secagg_conformance
+from fedpeft.testing.sessions import Second
 
-__all__ = ["Law", "cohort", "computed", "play", "rule_laws", "start"]
+__all__ = ["Law", "Second", "cohort", "computed", "play", "rule_laws", "secagg_conformance", "start"]

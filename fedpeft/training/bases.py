@@ -1,7 +1,7 @@
 """The frozen base model of a run: loaded by name, with a seeded head and a fingerprint."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -29,11 +29,12 @@ from transformers.utils.hub import cached_file
 from fedpeft.data import Task
 from fedpeft.errors import ConfigError
 from fedpeft.training.devices import Place, choose
-from fedpeft.training.fingerprints import fingerprint
+from fedpeft.training.fingerprints import fingerprint, packed_fingerprint
+from fedpeft.training.head import vocabulary
 from fedpeft.training.kernels import Shape, fastest_attention
 from fedpeft.training.packaged import SHORT_NAMES, Progress, folder
 from fedpeft.training.pixels import Pixels, pixels_of
-from fedpeft.training.settings import Model, Training
+from fedpeft.training.settings import Model, Quantise, Training
 
 _AUTO: Mapping[Task, Any] = {
     "classify": AutoModelForSequenceClassification,
@@ -52,7 +53,10 @@ class Base:
     """A frozen model and what turns rows into its inputs.
 
     origin: the folder (or hub id) that plain transformers loads it from; fresh: its parameters that were not
-    in the files, that is, a new head's; tokenizer is None for images, pixels for texts.
+    in the files, that is, a new head's; tokenizer is None for images, pixels for texts; quantise: what its
+    matrices are to be held in, as in ``Model``, which they are once ``fidelity.pack_base`` has run;
+    parameters: how many numbers it has, packed or not; vocabulary: of a language model whose head may be run by itself
+    (``head.vocabulary``), else 0.
     """
 
     model: PreTrainedModel
@@ -63,6 +67,9 @@ class Base:
     fresh: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase | None
     pixels: Pixels | None
+    quantise: Quantise = "none"
+    parameters: int = 0
+    vocabulary: int = 0
 
     @property
     def words(self) -> PreTrainedTokenizerBase:
@@ -109,7 +116,8 @@ def load_base(
     """The base model for a task, on its device, frozen, the same bit for bit in every process.
 
     classes: the labels, in order; none for "lm". seed: of a fresh head, the only part that depends on it.
-    Loading is in fp32, where the fingerprint is taken, so that it does not depend on the device.
+    Loading is in fp32, where the fingerprint is taken, so that it does not depend on the device; a base that is to be
+    packed stays in fp32, so that what is packed does not either.
     ConfigError, naming model.name, if there is no such model, it can't do the task, or its files lack weights.
     """
     if task != "lm" and len(classes) < 2:
@@ -124,15 +132,21 @@ def load_base(
             config.problem_type = "single_label_classification"
         model, fresh = _weights(settings, name, task, config, place)
         tokenizer = None if task == "image" else _tokenizer(settings, name, model)
+    words = vocabulary(model) if task == "lm" else 0
     _draw(model, fresh, seed)
     files = _files(name, settings.revision)
-    digest = fingerprint(model, fresh, files)
+    digest = packed_fingerprint(fingerprint(model, fresh, files), settings.quantise)
     model.requires_grad_(False)
     if not settings.dropout:
         silence(model)
-    _store(model, fresh, place)
+    if (
+        settings.quantise == "none" and place.dtype != torch.float32
+    ):  # else what is not packed is stored so once the rest is
+        store(model, [n for n, _ in model.named_parameters() if n not in fresh], place.dtype)
+    nn.Module.to(model, place.device)
     pixels = pixels_of(name, settings.revision, config) if task == "image" else None
-    return Base(model, task, tuple(classes), name, digest, fresh, tokenizer, pixels)
+    size = sum(x.numel() for x in model.parameters())
+    return Base(model, task, tuple(classes), name, digest, fresh, tokenizer, pixels, settings.quantise, size, words)
 
 
 def place_for(settings: Model, training: Training, progress: Progress | None = None) -> Place:
@@ -249,13 +263,12 @@ def _draw(model: nn.Module, fresh: Sequence[str], seed: int) -> None:
                 x.fill_(1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0)
 
 
-def _store(model: nn.Module, fresh: Sequence[str], place: Place) -> None:
-    """Move the model to its device, all but a fresh head in the place's precision."""
+def store(model: nn.Module, names: Collection[str], dtype: torch.dtype) -> None:
+    """Have the named parameters in this precision, as copies that keep no file mapped."""
     with torch.no_grad():
-        for name, x in model.named_parameters():
-            if name not in fresh:
-                x.data = x.data.to(place.dtype)
-    model.to(place.device)
+        for name in names:
+            x = model.get_parameter(name)
+            x.data = x.data.to(dtype, copy=True)
 
 
 def _files(name: str, revision: str | None) -> list[Path]:

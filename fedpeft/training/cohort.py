@@ -87,13 +87,13 @@ class CohortTrainer(TorchTrainer):
         """How many clients a step takes: as many as half of the machine's memory holds, and no more than pay."""
         if self.group is not None:
             return self.group
-        training, base = self.training, sum(x.numel() for x in self.frozen.model.parameters())
+        training, base = self.training, self.frozen
         limit = _SHARE * memory()["total"] / (self.crew.size if self.crew else 1)
         most = max(1, _TOKENS // (training.batch * self._length))
 
         def takes(clients: int) -> int:
             whole = replace(training, batch=training.batch * clients)
-            return estimate(self.frozen.model.config, base, self.bridge.spec, whole)
+            return estimate(base.model.config, base.parameters, self.bridge.spec, whole, base.quantise)
 
         return next((n for n in range(most, 1, -1) if takes(n) <= limit), 1)
 

@@ -75,6 +75,12 @@ def _allocate() -> None:
         os.environ[name] = str(value)
 
 
+def give_back() -> None:
+    """Return memory that was freed to the system, where glibc keeps it for later: after a model has been packed."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def cache_folder() -> Path:
     """Where converted models and digests are kept: $FEDPEFT_CACHE, or ~/.cache/fedpeft."""
     return Path(os.environ.get("FEDPEFT_CACHE") or Path.home() / ".cache" / "fedpeft")

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from fedpeft.rounds import Metrics
 from fedpeft.training.bases import Base
 from fedpeft.training.batches import by_length, collate
 from fedpeft.training.devices import Place
-from fedpeft.training.objectives import predictions
+from fedpeft.training.objectives import outcome
 from fedpeft.training.tokens import Encoded
 
 _ROWS = 64  # in one forward pass, for labels; replies have a word's logits at each position, and take fewer
@@ -38,9 +37,7 @@ def measure_each(
         for chosen in by_length(store.lengths(index), batch if base.task == "lm" else max(batch, _ROWS)):
             x = collate(store, index[chosen], base, image_size, place.device)
             with place.arithmetic():
-                logits = predictions(model, base.head, x)
-            losses = functional.cross_entropy(logits, x.targets, reduction="none").cpu().numpy()
-            hits = (logits.argmax(dim=-1) == x.targets).cpu().numpy()
+                losses, hits = (found.cpu().numpy() for found in outcome(model, base.head, x, base.vocabulary))
             whose = owner[chosen]
             if x.where is not None:
                 whose = np.repeat(whose, x.where.sum(dim=1).cpu().numpy())

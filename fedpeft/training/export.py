@@ -3,9 +3,12 @@
 import copy
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from peft import PeftModel, PrefixTuningConfig
@@ -14,11 +17,12 @@ from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from fedpeft.adapters import LowRank
 from fedpeft.errors import ConfigError
 from fedpeft.training.bridge import Bridge
-from fedpeft.training.methods import TaskName
+from fedpeft.training.quantised import FrozenEmbedding, FrozenLinear
 from fedpeft.training.refusals import MERGES
 from fedpeft.training.tails import joined
 
@@ -58,7 +62,7 @@ def export_peft(bridge: Bridge, folder: Path, origin: str | None = None, tail: M
             bridge.model.save_pretrained(str(folder), save_embedding_layers=False)
     finally:
         bridge.model.peft_config["default"] = config
-    labels = _labels(bridge)
+    labels = labels_of(bridge)
     if labels:
         (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_readme(bridge, origin, labels), encoding="utf-8")
@@ -72,36 +76,23 @@ def export_merged(
 ) -> float:
     """Write base and adapter as one plain transformers folder, load it again, and return how far its logits are off.
 
-    tail: low-rank layers that the model runs beside the adapter, which are merged with it.
+    tokenizer: is written with it; tail: low-rank layers that the model runs beside the adapter, merged with it.
     The bridge's model isn't changed: merging works on a copy in fp32, which is what is written.
     Raises ConfigError where the method's update is no change of weights, or where the loaded model's
     logits differ by more than 1e-4 of their largest from the adapter's (both of a small fixed batch).
     """
-    name = bridge.method.name
-    if name in MERGES:
-        raise ConfigError(f"adapter.method: {name} can't be merged: {MERGES[name]}; export to peft instead")
-    probe = _probe(bridge.task, bridge.model)
-    with joined(bridge.model, tail):
-        twin = copy.deepcopy(bridge.model).float().eval()
-    want = _logits(twin, probe)
-    is_tied = _untie(twin)
+    probe = probe_of(bridge, 2, 11)
+    model, (want,) = merge(bridge, tail, [probe])
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)  # That is settled here.
-            merged: PreTrainedModel = twin.merge_and_unload()
-        _unwrap(merged)
-        if is_tied:
-            _tie(merged)
-        merged.save_pretrained(str(folder))
-    except _ERRORS as error:
-        why = " ".join(str(error).split())[:200]
-        raise ConfigError(f"adapter.method: {name} can't be merged here: {why}; export to peft instead") from error
-    kind = type(merged)
-    del merged, twin
+    with _refused(bridge.method.name):
+        model.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    kind = type(model)
+    del model
     again: nn.Module = kind.from_pretrained(str(folder), dtype=torch.float32)
     again.to(bridge.model.device).eval()
-    off = float((_logits(again, probe) - want).abs().max() / want.abs().max().clamp(min=1e-6))
+    off = share_off([said(again, probe)], [want])
     if not off <= TOLERANCE:
         raise ConfigError(
             f"adapter.method: the merged model's logits are off by {off:.1e} of their largest; "
@@ -110,7 +101,87 @@ def export_merged(
     return off
 
 
-def _labels(bridge: Bridge) -> list[str]:
+def merge(
+    bridge: Bridge, tail: Mapping[str, LowRank], probes: Sequence[dict[str, Tensor]]
+) -> tuple[PreTrainedModel, list[Tensor]]:
+    """Base, adapter and tail as one plain model in fp32, and what they said of each probe before they were one.
+
+    The bridge's model isn't changed. Packed matrices of the base are expanded in the copy, where the adapter was
+    trained on them. Raises ConfigError where the method's update is no change of weights, or peft can't merge it.
+    """
+    name = bridge.method.name
+    if name in MERGES:
+        raise ConfigError(f"adapter.method: {name} can't be merged: {MERGES[name]}; export to peft instead")
+    with joined(bridge.model, tail):
+        twin = copy.deepcopy(bridge.model)
+    _expand(twin)
+    twin.float().eval()
+    want = [said(twin, probe) for probe in probes]
+    is_tied = _untie(twin)
+    with _refused(name):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)  # That is settled here.
+            merged: PreTrainedModel = twin.merge_and_unload()
+        _unwrap(merged)
+        if is_tied:
+            _tie(merged)
+    return merged, want
+
+
+@torch.no_grad()
+def said(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """A model's logits of a batch, in fp32 and in main memory."""
+    logits: Tensor = model(**batch, **resized(model, batch)).logits
+    return logits.float().cpu()
+
+
+def resized(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, bool]:
+    """What else an image model must be told where images are not of its own size."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "pixel_values" not in batch or batch["pixel_values"].shape[-1] == _own_side(base.config):
+        return {}
+    takes = "interpolate_pos_encoding" in signature(type(base).forward).parameters
+    return {"interpolate_pos_encoding": True} if takes else {}
+
+
+def share_off(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """The largest difference between two models' logits, as a share of the second's largest; inf for NaN."""
+    off = max(float((x - y).abs().max()) for x, y in zip(got, want, strict=True))
+    if not all(bool(x.isfinite().all()) for x in (*got, *want)):
+        return float("inf")
+    return off / max(1e-6, *(float(y.abs().max()) for y in want))
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """A context in which what peft or transformers can't do is a ConfigError that names the method."""
+    try:
+        yield
+    except _ERRORS as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"adapter.method: {name} can't be merged here: {why}; export to peft instead") from error
+
+
+def _expand(model: nn.Module) -> None:
+    """Put plain layers in place of those whose weights are packed."""
+    for parent in list(model.modules()):
+        for name, packed in list(parent._modules.items()):
+            plain: Any
+            if isinstance(packed, FrozenLinear):
+                rows, columns = packed.out_features, packed.in_features
+                make: Any = Conv1D if packed.transposed else nn.Linear
+                with torch.device("meta"):
+                    plain = make(rows, columns) if packed.transposed else make(columns, rows)
+                plain.bias = packed.bias
+            elif isinstance(packed, FrozenEmbedding):
+                plain = nn.Embedding(packed.num_embeddings, packed.embedding_dim, packed.padding_idx, device="meta")
+            else:
+                continue
+            plain.weight = nn.Parameter(packed.weight.contiguous(), requires_grad=False)
+            parent._modules[name] = plain
+
+
+def labels_of(bridge: Bridge) -> list[str]:
     """The classes' names, in order; none for a language model."""
     return [] if bridge.task == "lm" else [str(x) for _, x in sorted(bridge.model.config.id2label.items())]
 
@@ -131,22 +202,40 @@ def _readme(bridge: Bridge, origin: str, labels: list[str]) -> str:
     )
 
 
-def _probe(task: TaskName, model: PeftModel) -> dict[str, Tensor]:
-    """A small batch, the same each time, to compare two models on."""
-    draw = torch.Generator().manual_seed(0)
-    config = model.config
-    if task == "image":
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        pixels = torch.randn(2, config.num_channels, size, size, generator=draw)
+def probes(bridge: Bridge, side: int | None = None) -> list[dict[str, Tensor]]:
+    """Batches of other shapes than (2, 11): one row, one token, several padded rows; side: of images, in pixels."""
+    return [probe_of(bridge, rows, length, side) for rows, length in ((1, 7), (5, 23), (3, 1))]
+
+
+def probe_of(bridge: Bridge, rows: int, length: int, side: int | None = None) -> dict[str, Tensor]:
+    """A small batch, the same each time, to compare two models on. Texts of 5 rows and more are padded, one by half.
+
+    length: of texts, cut to what the model can take; side: of images, in pixels; the model's own if not given.
+    """
+    model, draw = bridge.model, torch.Generator().manual_seed(rows)
+    config: Any = model.config
+    if bridge.task == "image":
+        side = side or _own_side(config)
+        pixels = torch.randn(rows, config.num_channels, side, side, generator=draw)
         return {"pixel_values": pixels.to(model.device)}
-    tokens = torch.randint(3, config.vocab_size, (2, 11), generator=draw).to(model.device)
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    length = min(length, longest(config) or length)
+    tokens = torch.randint(3, config.vocab_size, (rows, length), generator=draw)
+    mask = torch.ones_like(tokens)
+    if rows > 4:
+        mask[0, length - length // 2 :] = 0
+        mask[3, length - 1 :] = 0
+        tokens = torch.where(mask == 1, tokens, config.pad_token_id or 0)
+    return {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-@torch.no_grad()
-def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    logits: Tensor = model(**batch).logits
-    return logits.float().cpu()
+def _own_side(config: Any) -> int:
+    return int(config.image_size if isinstance(config.image_size, int) else config.image_size[0])
+
+
+def longest(config: Any) -> int | None:
+    """How many tokens a model has positions for; None where its configuration doesn't say."""
+    found = getattr(config, "max_position_embeddings", None)
+    return int(found) if found else None
 
 
 def _untie(model: PeftModel) -> bool:

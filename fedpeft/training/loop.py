@@ -18,6 +18,7 @@ from fedpeft.training.bridge import Bridge, shape_fingerprint
 from fedpeft.training.cores import Core, cores, put_back
 from fedpeft.training.devices import Place
 from fedpeft.training.evaluate import measure_each
+from fedpeft.training.fidelity import pack_base
 from fedpeft.training.methods import Method
 from fedpeft.training.objectives import Extra, shifts
 from fedpeft.training.packaged import Progress
@@ -63,7 +64,9 @@ class TorchTrainer:
         table = federation.table
         frozen = load_base(model, table.task, table.classes, seed, place, progress)
         training = _fitting(frozen, training)
+        names = {id(x): n for n, x in frozen.model.named_parameters() if n not in frozen.fresh}
         bridge = Bridge.attach(frozen.model, method, table.task, seed, frozen.fresh)
+        pack_base(frozen, names, bridge, federation, training, place)
         return cls(frozen, bridge, training, federation, place, bridge.read())
 
     def over(self, federation: Federation, training: Training) -> Self:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from fedpeft.adapters import Adapter, Tensors
 from fedpeft.rules import Objective
 from fedpeft.training.batches import Batch
+from fedpeft.training.head import losses, passing, runs_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +109,29 @@ def predictions(model: nn.Module, head: nn.Module | None, batch: Batch) -> Tenso
     return logits.float()
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """−log p of the targets, summed: logits (units, classes), targets (units,)."""
-    return functional.cross_entropy(logits, targets, reduction="sum")
+def scored(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """−log p of each target (units,), and whether it has the largest logit: logits (units, classes)."""
+    each = functional.cross_entropy(logits, targets, reduction="none")
+    return each, logits.detach().argmax(dim=-1) == targets
 
 
-def right(logits: Tensor, targets: Tensor) -> int:
-    """How many targets have the largest logit."""
-    return int((logits.detach().argmax(dim=-1) == targets).sum().item())
+FEW = 1 << 20
+"""Logits that are made all at once, as the model makes them: 4 MiB in fp32."""
+
+
+def outcome(model: nn.Module, head: nn.Module | None, batch: Batch, words: int = 0) -> tuple[Tensor, Tensor]:
+    """``scored`` of a batch's ``predictions``.
+
+    words: a language model's ``Base.vocabulary``; if it has one, and the logits are many, its head is run on some
+    positions at a time, forward and backward, and their logits forgotten (``head.losses``).
+    """
+    few = batch.units * words <= FEW
+    if few or head is None or batch.where is None or not runs_alone(head):
+        return scored(predictions(model, head, batch), batch.targets)
+    where = batch.where
+    with passing(head, lambda x: _chosen(x, where)):
+        hidden = model(**batch.inputs, use_cache=False).logits
+    return losses(head, hidden, batch.targets, words)
 
 
 def _chosen(x: Tensor, where: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from math import ceil, isfinite
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedpeft.data import Rows
 from fedpeft.rounds import Done, Failed, Job, Metrics
@@ -18,7 +17,7 @@ from fedpeft.training.batches import Batch, collate
 from fedpeft.training.cores import CoreRows
 from fedpeft.training.devices import Place
 from fedpeft.training.members import Members
-from fedpeft.training.objectives import predictions
+from fedpeft.training.objectives import outcome, predictions, scored
 from fedpeft.training.settings import Training
 from fedpeft.training.stack import Stack
 from fedpeft.training.steps import diverged, groups, in_training, travel
@@ -149,16 +148,12 @@ class Pool:
         rows = torch.tensor([m.row for m in chosen], device=self.place.device)
         trained = state.put(rows, width)
         with self.place.arithmetic():
-            logits = predictions(self.stack.bridge.model, self._head, batch)
-        if batch.where is None:  # one of each row, those included that fill up a client's share
-            logits = logits[owner >= 0]
-            owner = owner[owner >= 0]
-        losses = functional.cross_entropy(logits, batch.targets, reduction="none")
+            losses, are_hits, owner = self._outcome(batch, owner)
         sums = losses.new_zeros(len(chosen)).index_add(0, owner, losses)
-        hits = owner[logits.detach().argmax(dim=-1) == batch.targets]
+        hits = owner[are_hits]
         right, counts = (torch.bincount(x, minlength=len(chosen)).tolist() for x in (hits, owner))
         totals = sums.tolist()
-        del logits, losses
+        del losses
         (sums / sums.new_tensor([m.units for m in chosen])).sum().backward()  # type: ignore[no-untyped-call]  # torch's own
         assert trained.grad is not None
         state.gather(rows, trained.grad)
@@ -169,6 +164,14 @@ class Pool:
             member.left -= 1
         state.step([m.row for m in chosen if not m.batches and m.number not in failed])
         return failed
+
+    def _outcome(self, batch: Batch, owner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each prediction's loss, whether it is right, and whose it is."""
+        model = self.stack.bridge.model
+        if batch.where is not None:
+            return *outcome(model, self._head, batch, self.base.vocabulary), owner
+        real = owner >= 0  # not so for the rows that fill up a client's share
+        return *scored(predictions(model, None, batch)[real], batch.targets), owner[real]
 
     def _batch(self, chosen: Sequence[Member]) -> tuple[Batch, Tensor, int]:
         """One batch with the same number of rows for each client, whose prediction is whose, and that number.

@@ -47,6 +47,41 @@ MERGES: Mapping[str, str] = {
 """peft methods that federate, but whose update is not a change of the base's weights."""
 
 
+PACKED = (
+    "adalora",
+    "beft",
+    "gralora",
+    "ia3",
+    "ln_tuning",
+    "lora",
+    "p_tuning",
+    "prefix_tuning",
+    "prompt_tuning",
+    "vblora",
+    "vera",
+)
+"""peft methods that take from a base layer nothing but its output, and so run on packed weights."""
+
+_PACKED_STARTS = (True, False, "gaussian", "orthogonal")
+
+
+def packed_refusal(method: str, settings: Mapping[str, object]) -> str:
+    """Why a method with these settings can't run on a base whose weights are packed; empty if it can.
+
+    An allow-list, since many of the others run and are silently wrong.
+    """
+    if method not in PACKED:
+        return f"it may read the base's weights, and of peft's methods {', '.join(PACKED)} are known not to"
+    if settings.get("use_dora"):
+        return "DoRA reads the base's weights for their norms"
+    if settings.get("init_lora_weights", True) not in _PACKED_STARTS:
+        return f"its start init_lora_weights = {settings['init_lora_weights']!r} is computed from the base's weights"
+    for option in ("target_parameters", "trainable_token_indices"):
+        if settings.get(option):
+            return f"{option} are parts of the base's weights"
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class RefusedOption:
     """An option of some methods that is refused for the values that ``when`` accepts."""

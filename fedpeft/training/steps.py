@@ -14,7 +14,7 @@ from fedpeft.rounds import Metrics
 from fedpeft.training.bases import Base
 from fedpeft.training.batches import Batch, collate, order
 from fedpeft.training.devices import Place
-from fedpeft.training.objectives import Extra, Proximal, cross_entropy, predictions, right
+from fedpeft.training.objectives import Extra, Proximal, outcome
 from fedpeft.training.settings import Training
 from fedpeft.training.tokens import Encoded
 
@@ -49,7 +49,7 @@ def fit(
             batches = [collate(rows, index, base, training.image_size, place.device) for index in group]
             units = sum(x.units for x in batches)
             for batch in batches:
-                done += _backward(model, base.head, batch, units, number, place)
+                done += _backward(model, base, batch, units, number, place)
             if training.prox:
                 Proximal(training.prox)(chosen, start).backward()  # type: ignore[no-untyped-call]  # torch's own
             extra.penalise()
@@ -79,18 +79,16 @@ def travel(training: Training, rows: int) -> float:
     return training.lr * sum((1 - training.momentum**j) / (1 - training.momentum) for j in range(1, steps + 1))
 
 
-def _backward(model: nn.Module, head: nn.Module | None, batch: Batch, units: int, number: int, place: Place) -> Metrics:
+def _backward(model: nn.Module, base: Base, batch: Batch, units: int, number: int, place: Place) -> Metrics:
     """Add this batch's share to the gradient of the mean loss over ``units``."""
     with place.arithmetic():
-        logits = predictions(model, head, batch)
-    loss = cross_entropy(logits, batch.targets)
+        each, hits = outcome(model, base.head, batch, base.vocabulary)
+    loss = each.sum()
     total = loss.item()
     if not isfinite(total):
         raise FloatingPointError(diverged(total, number + 1))
-    correct = right(logits, batch.targets)
-    del logits  # the backward pass does not need them, and with a large vocabulary they are a quarter of its peak
     (loss / units).backward()  # type: ignore[no-untyped-call]  # torch's own
-    return Metrics(total, batch.units, correct)
+    return Metrics(total, batch.units, int(hits.sum().item()))
 
 
 def diverged(loss: float, step: int) -> str:

@@ -31,6 +31,7 @@ def test_an_exact_channel_keeps_every_bit_and_another_one_rounds_to_single_preci
         assert answer.dtype == dtype
         np.testing.assert_array_equal(answer[:2], x.astype(dtype))
     assert PlainChannel().exact is False
+    assert (PlainChannel().number_bytes, PlainChannel(exact=True).number_bytes) == (4, 8)
 
 
 def test_encoding_does_not_change_the_vector_it_is_given():

@@ -33,14 +33,20 @@ class Fleet:
         self, app: Path, config: Mapping[str, str], seconds: int, federation: Mapping[str, int] | None = None
     ) -> str:
         """Submit an app with ``flwr run`` and give its log once it has completed; else fail with all logs."""
+        status, log = self.submit(app, config, seconds, federation)
+        if status != "finished:completed":
+            pytest.fail(f"the run is {status}; want finished:completed\n{log}\n{self.logs()}")
+        return log
+
+    def submit(
+        self, app: Path, config: Mapping[str, str], seconds: int, federation: Mapping[str, int] | None = None
+    ) -> tuple[str, str]:
+        """Submit an app with ``flwr run`` and give how it has ended, and its log."""
         options = ["--run-config", " ".join(f'{k}="{v}"' for k, v in config.items())]
         if federation:
             options += ["--federation-config", " ".join(f"{k}={v}" for k, v in federation.items())]
         log = self.flwr("run", str(app), "fleet", *options, "--stream", seconds=seconds)
-        status = json.loads(self.flwr("ls", "fleet", "--format", "json"))["runs"][0]["status"]
-        if status != "finished:completed":
-            pytest.fail(f"the run is {status}; want finished:completed\n{log}\n{self.logs()}")
-        return log
+        return json.loads(self.flwr("ls", "fleet", "--format", "json"))["runs"][0]["status"], log
 
     def flwr(self, *arguments: str, seconds: int = 60) -> str:
         """What a ``flwr`` command prints; fail with it and all logs if it fails or takes longer."""

@@ -84,13 +84,36 @@ def test_a_finished_run_is_refused_a_second_time_and_resume_changes_nothing(done
 
 
 @pytest.mark.slow
-def test_a_run_can_be_exported_both_ways(done, tmp_path):
+def test_a_run_can_be_exported_for_peft_and_transformers(done, tmp_path):
     assert invoke("export", done, "--to", "peft", "--out", tmp_path / "a").exit_code == 0
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
         done / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
     assert invoke("export", done, "--to", "merged", "--out", tmp_path / "m").exit_code == 0
     assert (tmp_path / "m" / "config.json").is_file()
+    assert (tmp_path / "m" / "tokenizer.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_can_be_exported_for_onnxruntime(done):
+    result = invoke("export", done, "--to", "onnx")
+    assert result.exit_code == 0
+    assert "".join(result.output.split()) == "".join(f"written: {done / 'onnx'}".split())
+    names = {x.name for x in (done / "onnx").iterdir()}
+    assert {"model.onnx", "README.md", "labels.json", "tokenizer.json"} <= names
+
+
+@pytest.mark.slow
+def test_a_classifier_is_refused_for_llama_cpp(done):
+    with pytest.raises(ConfigError, match=r"llama.cpp runs language models: export to onnx or merged"):
+        invoke("export", done, "--to", "gguf")
+    assert not (done / "gguf").exists()
+
+
+def test_export_teaches_what_each_format_is_for():
+    said = " ".join(invoke("export", "--help").output.split())
+    for words in ("onnxruntime", "llama.cpp", "transformers", "peft", "Llama", "GPT-2", "1e-4", "fedpeft[onnx]"):
+        assert words in said
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from fedpeft.flower.requests import (
     ConstantsMissing,
     Query,
     constants_of,
+    model_digest,
     pack_query,
     pack_request,
     settings_of,
@@ -131,6 +132,37 @@ def test_capabilities_bring_a_rank_where_it_is_the_clients_to_say() -> None:
         assert unpack_capabilities(pack_capabilities(replace(CAPABLE, rank=rank))).rank == rank
 
 
+def test_capabilities_of_a_client_with_an_identity_tell_it_and_not_what_it_has() -> None:
+    got = unpack_capabilities(pack_capabilities(replace(CAPABLE, counts=None, identity="ab" * 32)))
+    assert (got.counts, got.identity) == (None, "ab" * 32)
+    assert unpack_capabilities(pack_capabilities(CAPABLE)).identity == ""
+
+
+def test_the_digest_of_a_model_is_that_of_what_arrives_whatever_goes_with_it() -> None:
+    constant = frozenset({"q/b"})
+    sent = Broadcast(Task(start().spec, 4), start().cut(2), TAIL)
+    want = model_digest(sent, constant)
+    held = constants_of(sent.adapter, constant)
+    for settings_, base, in_full in (("{}", "x", True), ('{"seed": 1}', "y", False)):
+        content = pack_request("train", sent, settings_, base, constant, in_full)
+        assert unpack_request(content, lambda digest: held).model == want
+    moved = start().cut(2).put({"bias": np.full(D, 1e-7, np.float32)})
+    scaled = replace(sent.adapter, layers={"q": replace(sent.adapter.layers["q"], scale=2.5)})
+    fixed = replace(sent.adapter, fixed={"fixed": np.arange(1, 7)})
+    others = [
+        replace(sent, adapter=moved),
+        replace(sent, adapter=fixed),
+        replace(sent, adapter=start()),
+        replace(sent, tail={}),
+        replace(sent, tail={"q": replace(TAIL["q"], scale=0.25)}),
+        replace(sent, task=replace(sent.task, round=5)),
+        replace(sent, task=replace(sent.task, spec=scaled.spec), adapter=scaled),
+        replace(sent, task=replace(sent.task, shared={"c": np.zeros(1)})),
+        replace(sent, task=replace(sent.task, shared={"c": np.ones(1)})),
+    ]
+    assert len({model_digest(x, constant) for x in others} | {want}) == len(others) + 1
+
+
 def test_a_train_reply_carries_its_round_its_pass_and_the_vector_alone() -> None:
     parcel = unpack(EVERY["term"][0], "term")
     assert dict(parcel.facts) == {"round": 4, "pass": 1, "size": 5}
@@ -179,7 +211,12 @@ def test_metrics_queries_and_refusals_round_trip() -> None:
         ("query", "start", -2, "start is '-2'"),
         ("query", "settings", [], "settings is"),
         ("capabilities", "client", -1, "client is '-1'"),
-        ("capabilities", "train", "5", "train is '5'"),
+        ("capabilities", "examples", "567", "examples is '567'; want three counts, or null"),
+        ("capabilities", "examples", [5, 6], "want three counts"),
+        ("capabilities", "examples", [5, 6, -1], "examples is '-1'; want a whole number"),
+        ("capabilities", "identity", "AB" * 32, "want 64 hex digits, or none"),
+        ("capabilities", "identity", "ab" * 31, "want 64 hex digits, or none"),
+        ("capabilities", "identity", 7, "identity is '7'; want a string"),
         ("capabilities", "central", 1, "want true or false"),
         ("capabilities", "holds", [1], "want a list of strings"),
         ("capabilities", "rank", 0, "its rank is 0; want 1 to 1073741824"),

@@ -125,7 +125,7 @@ def test_examples_that_can_not_be_counted_are_that_clients_failure() -> None:
 
 @pytest.mark.parametrize("shares", [True, False])
 def test_messages_that_share_their_content_are_unpacked_once(monkeypatch: pytest.MonkeyPatch, shares: bool) -> None:
-    module = sys.modules["fedpeft.flower.serve"]  # the package's own ``serve`` is the function
+    module = sys.modules["fedpeft.flower.jobs"]
     calls: list[int] = []
     unpack = module.unpack_request
     monkeypatch.setattr(module, "unpack_request", lambda *a: calls.append(1) or unpack(*a))

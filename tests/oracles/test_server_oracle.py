@@ -59,7 +59,7 @@ def sign(x):
         (Yogi(0.3, 0.8, 0.02, 0.7), 0.3, 0.8, 0.02, lambda v, s: v - (1 - 0.7) * s * sign(v - s)),
         (Adam(beta1=0.0, beta2=0.0), 0.01, 0.0, 1e-3, lambda v, s: s),
     ],
-    ids=repr,
+    ids=lambda x: "second" if callable(x) else repr(x),
 )
 def test_adaptive_servers_follow_algorithm_2(optimiser, lr, beta1, tau, second):
     got, moments = run(optimiser)

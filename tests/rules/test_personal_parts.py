@@ -86,7 +86,7 @@ def test_a_rule_with_personal_parts_keeps_the_law(law):
         (FlexLoRA(), ("v/a", "v/b"), ["q/a", "q/b", *DENSE], {"v/a", "v/b"}),
         (Median(), ("?ate", "b*"), ["q/a", "q/b", "v/a", "v/b", "head"], {"bias", "gate"}),
     ],
-    ids=repr,
+    ids=lambda x: repr(sorted(x)) if isinstance(x, set) else repr(x),
 )
 def test_what_stays_is_not_sent_and_the_rest_is_as_before(rule, tensors, sent, kept):
     mine, state = personal(rule, tensors), start()
@@ -211,6 +211,14 @@ class Spy(FactorMean):
         self._note("send", state.task.spec, state.adapter)
         return FactorMean.send(self, state, rank)
 
+    def is_for(self, sent, rank):
+        self._note("is_for", sent.task.spec, sent.adapter)
+        return FactorMean.is_for(self, sent, rank)
+
+    def is_nested(self, ranks, spec):
+        self._note("is_nested", spec)
+        return False
+
     def between(self, mean, state):
         self._note("between", state.task.spec, state.adapter)
         return mean
@@ -230,6 +238,8 @@ def test_with_no_question_is_the_rule_shown_what_stays():
     assert rule.keep(update, state.task, {}).keys() == {"mine"}
     assert rule.between({"q/x": np.ones(1)}, state).keys() == {"q/x"}
     rule.constant(SPEC), rule.personal(SPEC)
+    assert [rule.is_for(rule.send(state, 2), rank) for rank in (1, 2)] == [False, True]
+    assert not rule.is_nested([1, 2], SPEC)
     questions = {n for base in (Rule, MeanRule) for n, x in vars(base).items() if not n.startswith("_") and callable(x)}
     assert spy.shown == {question: {("v", "head", "gate")} for question in questions}
 

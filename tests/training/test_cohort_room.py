@@ -148,15 +148,15 @@ class TestRoom:
     def test_is_the_most_whose_estimate_is_half_of_the_memory(self, words, monkeypatch):
         cohort = words[1].sized(None, 1)
         estimates = []
-        monkeypatch.setattr(engine, "estimate", lambda *a: estimates.append(a) or 1000 * a[-1].batch)
+        monkeypatch.setattr(engine, "estimate", lambda *a: estimates.append(a) or 1000 * a[3].batch)
         monkeypatch.setattr(engine, "memory", lambda: {"total": 2.0 * 1000 * SGD.batch * 5})
         assert cohort.room() == 5
         monkeypatch.setattr(engine, "memory", lambda: {"total": 2.0 * 1000 * SGD.batch * 5 - 1})
         assert cohort.room() == 4
         monkeypatch.setattr(engine, "memory", lambda: {"total": 1.0})
         assert cohort.room() == 1
-        base = sum(x.numel() for x in cohort.frozen.model.parameters())
-        assert all(x[1] == base for x in estimates)
+        assert all(x[1] == cohort.frozen.parameters for x in estimates)
+        assert all(x[4] == "none" for x in estimates)
 
     def test_of_one_is_the_loop(self, words, monkeypatch):
         loop, cohort = words

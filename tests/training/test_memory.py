@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -54,8 +55,23 @@ def test_checkpointing_keeps_one_layers_activations_and_the_width_of_the_others(
     assert saved == 4 * 16 * (4 * layer - layer - 4 * 10)
 
 
-def test_a_language_model_has_its_vocabulary_three_times():
-    assert beyond(Config(BERT, problem_type=None)) - beyond() == 4 * 16 * 3 * 500
+def test_a_language_model_has_its_vocabulary_twice_but_of_a_large_one_only_some_positions():
+    assert beyond(Config(BERT, problem_type=None)) - beyond() == 4 * 16 * 2 * 500
+    large = Config(BERT, problem_type=None, vocab_size=600_000)
+    assert beyond(large) - beyond() == 4 * 2 * 2**23 < 4 * 16 * 2 * 600_000
+
+
+@pytest.mark.parametrize(("format", "each"), [("int8", 8 + 32 / 10), ("nf4", (8 * 5 + 16) / 10)])
+def test_a_quantised_base_takes_its_formats_bits_and_one_expanded_weight(format, each):
+    """500 words of 10 numbers are in int8 in any format; of 7,000 parameters 2,000 are left."""
+    whole = estimate(BERT, 7000, SPEC, TEXT) - 4 * 7000
+    got = estimate(BERT, 7000, SPEC, TEXT, format) - whole
+    assert got == 5000 * (8 + 32 / 10) / 8 + 2000 * each / 8 + 4 * 5000
+    narrow = Config(BERT, vocab_size=20)  # whose largest matrix is 10 x 30
+    assert estimate(narrow, 7000, SPEC, TEXT, format) - whole == (200 * 11.2 + 6800 * each) / 8 + 4 * 300
+    assert estimate(BERT, 7000, SPEC, replace(TEXT, precision="bf16"), format) - whole == got
+    wide = Config(BERT, vocab_size=10**7, problem_type="x")  # 10^8 numbers, of which 2^22 are expanded at a time
+    assert estimate(wide, 10**8, SPEC, TEXT, format) - whole == round(10**8 * 11.2 / 8) + 4 * 2**22
 
 
 def test_an_images_length_is_its_number_of_patches_and_one():

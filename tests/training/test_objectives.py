@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from fedpeft.training import head, objectives
 from fedpeft.training.bases import load_base
 from fedpeft.training.batches import collate
 from fedpeft.training.devices import choose
-from fedpeft.training.objectives import Proximal, cross_entropy, predictions, right
+from fedpeft.training.objectives import Proximal, outcome, predictions, scored
 from fedpeft.training.settings import Model
 from fedpeft.training.tokens import encode
 
@@ -27,16 +28,16 @@ def test_the_proximal_term_refuses_lists_of_different_lengths():
         Proximal(1.0)([torch.zeros(2)], [])
 
 
-def test_cross_entropy_is_minus_the_sum_of_log_probabilities():
+def test_a_score_is_minus_the_log_probability_of_the_target():
     logits = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
     p = np.exp(logits.numpy())
-    want = -np.log(p[0, 2] / p[0].sum()) - np.log(p[1, 1] / p[1].sum())
-    assert cross_entropy(logits, torch.tensor([2, 1])).item() == pytest.approx(want, rel=1e-6)
+    want = [-np.log(p[0, 2] / p[0].sum()), -np.log(p[1, 1] / p[1].sum())]
+    assert scored(logits, torch.tensor([2, 1]))[0].tolist() == pytest.approx(want, rel=1e-6)
 
 
-def test_right_counts_targets_with_the_largest_logit():
+def test_what_is_right_is_the_target_with_the_largest_logit():
     logits = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0], [0.0, 1.0, 5.0]])
-    assert right(logits, torch.tensor([0, 1, 1])) == 2
+    assert scored(logits, torch.tensor([0, 1, 1]))[1].tolist() == [True, True, False]
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_the_loss_is_transformers_own_with_the_prompt_masked(batch):
     labels[:, 1:][x.where[:, :-1]] = x.targets
     with torch.no_grad():
         want = base.model(**x.inputs, labels=labels).loss
-        got = cross_entropy(predictions(base.model, base.head, x), x.targets) / x.units
+        got = scored(predictions(base.model, base.head, x), x.targets)[0].sum() / x.units
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
 
 
@@ -84,3 +85,49 @@ def test_tokens_that_a_prompt_method_puts_before_the_text_are_left_out(batch):
         got = predictions(base.model, base.head, longer)
         want = base.model(**longer.inputs).logits[:, 3:][x.where]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_outcome_is_the_same_with_the_head_on_some_positions_at_a_time(batch, monkeypatch):
+    base, x = batch
+    assert base.vocabulary == 262
+    monkeypatch.setattr("fedpeft.training.objectives.FEW", x.units * 262 - 1)
+    inside = base.model.get_parameter("model.layers.0.self_attn.q_proj.weight").requires_grad_()
+    want, want_hits = scored(predictions(base.model, base.head, x), x.targets)
+    (want_slope,) = torch.autograd.grad(want.sum(), inside)
+    seen = []
+    plain = head.losses
+    monkeypatch.setattr(
+        "fedpeft.training.objectives.losses",
+        lambda h, some, y, words: seen.append(words) or plain(h, some, y, words, 999),
+    )
+    each, hits = outcome(base.model, base.head, x, base.vocabulary)
+    (slope,) = torch.autograd.grad(each.sum(), inside)
+    assert seen == [262]
+    torch.testing.assert_close(each, want, rtol=1e-6, atol=1e-6)
+    assert torch.equal(hits, want_hits)
+    torch.testing.assert_close(slope, want_slope, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_is_trained_is_run_as_part_of_the_model(batch, monkeypatch):
+    base, x = batch
+    base.head.weight.requires_grad_()
+    monkeypatch.setattr("fedpeft.training.objectives.FEW", 0)
+    monkeypatch.delattr("fedpeft.training.objectives.losses")
+    each, _ = outcome(base.model, base.head, x, base.vocabulary)
+    (slope,) = torch.autograd.grad(each.sum(), base.head.weight)
+    assert slope.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("more", "is_plain"), [(0, True), (-1, False)])
+def test_few_logits_are_made_all_at_once_bit_for_bit_as_the_model_makes_them(batch, monkeypatch, more, is_plain):
+    base, x = batch
+    monkeypatch.setattr("fedpeft.training.objectives.FEW", x.units * 262 + more)
+    monkeypatch.setattr("fedpeft.training.objectives.losses", lambda *_: "some at a time")
+    found = outcome(base.model, base.head, x, base.vocabulary)
+    assert (found != "some at a time") is is_plain
+    if is_plain:
+        assert torch.equal(found[0], scored(predictions(base.model, base.head, x), x.targets)[0])
+
+
+def test_the_packaged_constants():
+    assert objectives.FEW == 2**20

@@ -11,7 +11,7 @@ from fedpeft.data import Rows
 from fedpeft.rounds import Done, Failed
 from fedpeft.rules import HetLoRA, Objective, Scaffold, Task
 from fedpeft.training.batches import collate
-from fedpeft.training.objectives import cross_entropy, predictions, shifts, tail_gradients
+from fedpeft.training.objectives import predictions, scored, shifts, tail_gradients
 from fedpeft.training.settings import Method, Training
 from fedpeft.training.steps import groups, travel
 from tests.training.cohort_cases import (
@@ -86,7 +86,7 @@ def by_hand(loop, job, training):
     for group in groups(rows, training, np.random.default_rng(job.seed)):
         batches = [collate(rows, index, loop.frozen, None, loop.place.device) for index in group]
         units = sum(x.units for x in batches)
-        loss = sum(cross_entropy(predictions(bridge.model, None, x), x.targets) for x in batches) / units
+        loss = sum(scored(predictions(bridge.model, None, x), x.targets)[0].sum() for x in batches) / units
         for name, cut in job.objective.cuts.items():
             left, right = live[f"{name}/a"][cut:], live[f"{name}/b"][:, cut:]
             loss = loss + job.objective.penalty * torch.sqrt((left**2).sum()) * torch.sqrt((right**2).sum())
