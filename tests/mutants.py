@@ -39,6 +39,9 @@ BROKEN = 3  # a fork's exit code when it is this script that failed
 SECONDS = 60  # of computing for one mutant; one that hangs is killed
 
 EQUIVALENT: dict[tuple[str, str], str] = {
+    ("Coding.encode", "np.packbits(rows).tobytes()  →  np.packbits(rows)"): "join takes arrays, types don't",
+    ("Coding.encode", "np.packbits(columns).tobytes()  →  np.packbits(columns)"): "join takes arrays, types don't",
+    ("Sign.encode", "(x >= 0).astype(np.uint8)  →  x >= 0"): "a shifted bool is a uint8, for types it isn't",
     ("LowRank.rank", "int(self.a.shape[0])  →  self.a.shape[0]"): "a shape holds ints: int() is for the type checker",
     ("PlainChannel.up", "length > self.clip  →  length >= self.clip"): "at equality the vector is scaled by 1",
     ("Ravan.sizes", "gcd(self.heads, layer.rank)  →  gcd(layer.rank, self.heads)"): "the order makes no difference",

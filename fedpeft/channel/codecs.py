@@ -103,10 +103,10 @@ class Steps(Codec):
         blocks = _blocks(x)
         head, scales = _scaled(np.abs(blocks).max(axis=1))
         steps = _divided(blocks, scales) * self.most
-        whole = np.rint(steps) if rng is None else np.floor(steps + rng.random(steps.shape))
+        moved = np.rint(steps) if rng is None else steps + rng.random(steps.shape)
         # The most and nearly 1 are rounded to one more: fp64 has no room between.
-        codes = whole.clip(max=self.most).ravel()[: len(x)] + self.most
-        return head + _packed(codes.astype(np.uint8), self.bits)
+        codes = moved.clip(max=self.most).ravel()[: len(x)] + self.most
+        return head + _packed(codes.astype(np.uint8), self.bits)  # which leaves out what is behind the point
 
     @override
     def decode(self, coded: bytes, size: int) -> Floats:
@@ -202,7 +202,8 @@ def _heads(size: int) -> int:
 
 def _blocks(x: Array) -> Floats:
     """The numbers as fp32, a row a block, zeros behind them."""
-    return np.pad(x.astype(np.float32), (0, -len(x) % BLOCK)).reshape(-(-len(x) // BLOCK), BLOCK)
+    padded = np.pad(x.astype(np.float32), (0, -len(x) % BLOCK))
+    return padded.reshape(len(padded) // BLOCK, BLOCK)
 
 
 def _scaled(largest: NDArray[Any]) -> tuple[bytes, NDArray[Any]]:
@@ -216,8 +217,8 @@ def _scaled(largest: NDArray[Any]) -> tuple[bytes, NDArray[Any]]:
 
 def _each(coded: bytes, size: int) -> Floats:
     """The scale of each of so many numbers."""
-    top, shares = np.frombuffer(coded, np.float32, 1), np.frombuffer(coded[4 : _heads(size)], np.float16)
-    if not (0 <= top[0] < np.inf and (shares >= 0).all() and (shares <= 1).all()):
+    [top], shares = np.frombuffer(coded, np.float32, 1), np.frombuffer(coded[4 : _heads(size)], np.float16)
+    if not (0 <= top < np.inf and (shares >= 0).all() and (shares <= 1).all()):
         raise ProtocolError("a block's scale is negative, not finite, or more than the tensor's")
     return np.repeat(shares * top, BLOCK)[:size]
 
@@ -232,7 +233,8 @@ def _divided(rows: NDArray[Any], by: NDArray[Any]) -> NDArray[np.float64]:
 def _packed(codes: Bytes, bits: int) -> bytes:
     """Codes of so many bits each, the first in the lowest bits of a byte."""
     each = 8 // bits
-    rows = np.pad(codes, (0, -len(codes) % each)).reshape(-(-len(codes) // each), each) << _shifts(bits)
+    padded = np.pad(codes, (0, -len(codes) % each))
+    rows = padded.reshape(len(padded) // each, each) << _shifts(bits)
     whole: Bytes = np.bitwise_or.reduce(rows, axis=1)
     return whole.tobytes()
 

@@ -168,8 +168,8 @@ class Grid:
         """The sums of the weights, of the four counts and of ``saturated``."""
         if total.shape != (self.length,) or total.dtype != np.uint32:
             raise ValueError(f"total: got {total.dtype} of shape {total.shape}; want uint32 of ({self.length},)")
-        digits = _signed(total[self._begin :], self.modulus).tolist()
-        if not all(0 <= x <= self.cohort * self.steps for x in digits):
+        digits = total[self._begin :].tolist()
+        if max(digits) > self.cohort * self.steps:  # a negative one is near the end of the ring
             raise ProtocolError("the sum holds counts that no sum of this cohort has: a client left the grid")
         numbers: list[int] = []
         for bits in (WEIGHT_BITS, *[COUNT_BITS] * (len(SCALES) + 1)):
@@ -219,7 +219,7 @@ class RingChannel:
     @property
     def number_bytes(self) -> int:
         """What a number of a vector takes on the wire."""
-        return self.modulus // 8
+        return self.modulus >> 3
 
     def over(self, cohort: int, size: int, sketches: int, largest_weight: float) -> Grid:
         """The grid for a cohort and its vectors. ValueError where their sum could wrap."""

@@ -72,20 +72,22 @@ class LoRAA2(MeanRule):
     @override
     def send(self, state: ServerState, rank: int) -> Broadcast:
         """The whole adapter, whatever the rank, which is told."""
-        most = max((x.rank for x in state.task.spec.layers), default=0)
         kind: DTypeLike = next((x.a.dtype for x in state.adapter.layers.values()), np.float32)
-        shared = {"rank": np.array([min(rank, most)], kind)}
+        shared = {"rank": np.array([min(rank, _most(state.task.spec))], kind)}
         return Broadcast(replace(state.task, shared=shared), state.adapter, state.tail)
 
     @override
     def is_for(self, sent: Broadcast, rank: int) -> bool:
-        most = max((x.rank for x in sent.task.spec.layers), default=0)
-        return int(sent.task.shared["rank"][0]) == min(rank, most)
+        return np.array_equal(sent.task.shared["rank"], [min(rank, _most(sent.task.spec))])
 
     @override
     def is_nested(self, ranks: Collection[int], spec: Spec) -> bool:
         """Whether none has to leave directions out: each leaves out its own."""
-        return min(ranks) >= max((x.rank for x in spec.layers), default=0)
+        return min(ranks) >= _most(spec)
+
+
+def _most(spec: Spec) -> int:
+    return max((x.rank for x in spec.layers), default=0)
 
 
 def _scores(held: LowRank, part: str, change: Array) -> Array:

@@ -313,3 +313,9 @@ def test_no_bytes_give_anything_but_numbers_or_a_protocol_error(name, size, data
         return
     assert got.shape == (size,)
     assert got.dtype == np.float32
+
+
+@pytest.mark.parametrize("codec", [Steps(8), Steps(4), Sign()], ids=repr)
+def test_numbers_are_coded_as_the_fp32_that_they_are_nearest_to(codec):
+    x = np.concatenate([np.full(BLOCK, 1.0), np.full(BLOCK, 0.5 + 1e-9)])  # a share just above a half of fp16's
+    assert codec.encode(x, None) == codec.encode(x.astype(np.float32), None)
