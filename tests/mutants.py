@@ -39,6 +39,11 @@ BROKEN = 3  # a fork's exit code when it is this script that failed
 SECONDS = 60  # of computing for one mutant; one that hangs is killed
 
 EQUIVALENT: dict[tuple[str, str], str] = {
+    (
+        "LoRAA2.is_for",
+        "np.array_equal(sent.task.shared['rank'], [min(rank, _most(sent.task.spec))])  →  "
+        "np.array_equal([min(rank, _most(sent.task.spec))], sent.task.shared['rank'])",
+    ): "who equals whom is the same",
     ("Coding.encode", "np.packbits(rows).tobytes()  →  np.packbits(rows)"): "join takes arrays, types don't",
     ("Coding.encode", "np.packbits(columns).tobytes()  →  np.packbits(columns)"): "join takes arrays, types don't",
     ("Sign.encode", "(x >= 0).astype(np.uint8)  →  x >= 0"): "a shifted bool is a uint8, for types it isn't",
