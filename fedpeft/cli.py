@@ -2,8 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
@@ -178,7 +176,7 @@ def resume(folder: Annotated[Path, typer.Argument(help="The folder of a run that
     """Go on from the last checkpoint: the result is the same, bit for bit, as without the break."""
     from fedpeft.run import simulate, stored
 
-    with _terminal() as view:
+    with Terminal(console) as view:
         _finish(simulate(stored(folder), folder, view))
 
 
@@ -210,7 +208,7 @@ def sweep(
 
     found = sweeps.read(file)
     where = folder or Path("runs") / (found.name + ("-large" if large else ""))
-    with _terminal() as view:
+    with Terminal(console) as view:
         done = sweeps.run_all(found, config.load(file.parent / found.base), where, view, large)
     compare([path for paths in done.values() for path in paths], where / "comparison")
 
@@ -279,7 +277,7 @@ def _run(experiment: Path, change: list[str], folder: Path | None, force: bool) 
         from fedpeft.run import simulate
 
         found = config.read(experiment, change)
-    with _terminal() as view:
+    with Terminal(console) as view:
         _finish(simulate(found, folder or Path("runs") / found.name, view, force=force, fresh=True))
 
 
@@ -295,9 +293,3 @@ def _whole(table: Table) -> None:
     Console(file=console.file, width=max(natural, console.width)).print(table)
     if caption:
         console.print(caption, style="dim", highlight=False)
-
-
-@contextmanager
-def _terminal() -> Iterator[Terminal]:
-    with Terminal(console) as view:
-        yield view

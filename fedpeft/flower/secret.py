@@ -160,11 +160,10 @@ class _Plan:
     def begin(self) -> None:
         """Let the protocol check the message and answer it, and see whether there is something to train."""
         params, state = self._kept()
-        vectors = self._vectors(params)
         with suppress(UntrainedError):
-            self._settle(self._side(params).answer(state, self.message, vectors, self.secure.entropy), params)
+            self._answer(params, state)
         is_refused = self.step is not None and self.step.was_refused
-        if self.request is None or not self.is_to_train or is_refused or vectors.has_update:
+        if self.request is None or not self.is_to_train or is_refused or self._vectors(params).has_update:
             return
         try:
             self.ready = ready(self.participant, self.client, self.request)
@@ -177,10 +176,7 @@ class _Plan:
         if self.ready is not None:
             self._keep(self.ready, result)
         if self.step is None:  # it had asked for the vector at once
-            params, state = self._kept()
-            self._settle(
-                self._side(params).answer(state, self.message, self._vectors(params), self.secure.entropy), params
-            )
+            self._answer(*self._kept())
         assert self.step is not None
         answer, self.step = self.step.answer, None  # of which no copy stays here
         return answer
@@ -188,6 +184,11 @@ class _Plan:
     def wipe(self) -> None:
         """Forget the session: the client is out of it."""
         self.vault.wipe(self.client, self.thread)
+
+    def _answer(self, params: Params | None, state: bytes) -> None:
+        """Let the protocol answer. UntrainedError where it asks for a vector of what has still to be trained."""
+        vectors = self._vectors(params)
+        self._settle(self._side(params).answer(state, self.message, vectors, self.secure.entropy), params)
 
     def _kept(self) -> tuple[Params | None, bytes]:
         """What the session is about, and the protocol's state.

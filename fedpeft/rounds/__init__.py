@@ -11,7 +11,7 @@ from fedpeft.rounds.places import place
 from fedpeft.rounds.plain import ListRound, Outcome, Round, SumRound
 from fedpeft.rounds.profiles import PACKAGED
 from fedpeft.rounds.ranks import WHOLE, Column, Levels, Listed, Memory, Ranks, Whole
-from fedpeft.rounds.secure import SecureRound, contribute_ring, grids, model_digest, shared_digest
+from fedpeft.rounds.secure import SecureRound, contribute_ring, grids, shared_digest
 from fedpeft.rounds.seeds import derive
 from fedpeft.rounds.selection import Selection, draw
 from fedpeft.rounds.trainer import Done, Failed, Job, Trainer, Trial
@@ -59,7 +59,6 @@ __all__ = [
     "draw",
     "every",
     "grids",
-    "model_digest",
     "place",
     "populate",
     "shared_digest",

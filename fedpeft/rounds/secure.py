@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fedpeft.adapters import Adapter, Array, Tensors, Update
+from fedpeft.adapters import Array, Tensors, Update
 from fedpeft.channel import Grid, RingChannel
 from fedpeft.errors import ProtocolError
 from fedpeft.rounds.answer import STATISTICS, measured, need_finite
@@ -66,12 +66,6 @@ def shared_digest(task: Task) -> bytes:
         for name, x in sorted(task.shared.items())
     ]
     return digest("shared", *each)
-
-
-def model_digest(sent: Broadcast) -> bytes:
-    """SHA-256 of what a client receives to train on: the adapter, what is fixed, the tail, ``shared`` and the round."""
-    each = [x.digest.encode() for x in (sent.adapter, Adapter(sent.tail))]
-    return digest("model", str(sent.task.round).encode(), *each, shared_digest(sent.task))
 
 
 @dataclass(slots=True, eq=False)

@@ -184,17 +184,12 @@ class Coordinator:
         cohort = found.selection.choose(fleet.clients(), found.seed, number, fleet.known, resting)
         self.view.work(f"round {number + 1}: training", len(cohort))
         ranks = {client: fleet.rank(client, number) for client in cohort}
+        refused, traffic, secure = tuple[tuple[int, str], ...](), Traffic(), None
         try:
             round, traffic, secure = self._drive(fleet, state, ranks)
-        except ProtocolError as error:  # too few for a session, or a second server that gives no sum
-            if number < found.rule.fewest_rounds - 1:
-                raise
-            self.view.note(f"round {number + 1} is left out: {error}")
-            return _Training(state.next(state.adapter), cohort, None, (), Traffic())
-        refused = tuple(round.refused)
-        try:
+            refused = tuple(round.refused)
             outcome = round.result()
-        except ProtocolError as error:
+        except ProtocolError as error:  # too few answers, or too few for a session to begin
             if number < found.rule.fewest_rounds - 1:
                 raise ProtocolError(
                     f"round {number + 1}: {error}. {found.settings['rule']['name']} finds its directions in the first "
