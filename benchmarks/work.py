@@ -14,7 +14,7 @@ from fedpeft.rounds import Job, derive
 from fedpeft.run.node import workshop
 from fedpeft.training.cohort import CohortTrainer
 from fedpeft.training.loop import TorchTrainer
-from fedpeft.training.steps import groups
+from fedpeft.training.passes import groups
 
 CLIENTS = 16
 SEED = 1

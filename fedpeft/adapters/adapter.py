@@ -1,8 +1,9 @@
 """Adapters as immutable values: low-rank layers, dense leaves, and what one client changed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from hashlib import sha256
+from json import dumps
 from typing import Any, Self
 
 import numpy as np
@@ -40,6 +41,11 @@ class Spec:
     def leaves(self) -> Layout:
         """Layout of the dense leaves."""
         return Layout(self.dense)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex of names, shapes, ranks and scales, in order."""
+        return sha256(dumps([[astuple(x) for x in self.layers], self.dense]).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -29,7 +29,8 @@ from transformers.utils.hub import cached_file
 from fedpeft.data import Task
 from fedpeft.errors import ConfigError
 from fedpeft.training.devices import Place, choose
-from fedpeft.training.fingerprints import fingerprint, packed_fingerprint
+from fedpeft.training.fingerprints import fingerprint
+from fedpeft.training.formats import packed_fingerprint
 from fedpeft.training.head import vocabulary
 from fedpeft.training.kernels import Shape, fastest_attention
 from fedpeft.training.packaged import SHORT_NAMES, Progress, folder
@@ -77,6 +78,11 @@ class Base:
         if self.tokenizer is None:
             raise ValueError("an image model has no tokenizer")
         return self.tokenizer
+
+    @property
+    def pad(self) -> int:
+        """The token that fills up shorter rows. ValueError for an image model."""
+        return int(self.words.pad_token_id)
 
     @property
     def head(self) -> nn.Module | None:
@@ -135,7 +141,7 @@ def load_base(
     words = vocabulary(model) if task == "lm" else 0
     _draw(model, fresh, seed)
     files = _files(name, settings.revision)
-    digest = packed_fingerprint(fingerprint(model, fresh, files), settings.quantise)
+    digest = packed_fingerprint(fingerprint(model, fresh, files), settings.quantise, settings.formats)
     model.requires_grad_(False)
     if not settings.dropout:
         silence(model)

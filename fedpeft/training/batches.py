@@ -1,4 +1,4 @@
-"""Rows in batches of like length, padded, on a device."""
+"""Batches of rows on a device."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedpeft.data import Rows
+from fedpeft.data import Encoded, Rows, Store, padded
 from fedpeft.training.bases import Base
 from fedpeft.training.pixels import Pixels
-from fedpeft.training.tokens import Encoded, Store
-
-_POOL = 16  # batches that are sorted by length together: more means less padding and less chance
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,54 +30,21 @@ class Batch:
         return len(self.targets)
 
 
-def order(lengths: Rows, batch: int, rng: np.random.Generator) -> list[Rows]:
-    """One epoch: batches of row numbers, each row once, rows of like length together, in random order.
-
-    Rows are shuffled, sorted by length within pools of 16 batches, cut, and the batches shuffled.
-    """
-    shuffled = rng.permutation(len(lengths))
-    size = batch * _POOL
-    batches: list[Rows] = []
-    for start in range(0, len(shuffled), size):
-        pool = shuffled[start : start + size]
-        batches += _cut(pool[np.argsort(lengths[pool], kind="stable")], batch)
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def by_length(lengths: Rows, batch: int) -> list[Rows]:
-    """Batches of row numbers, sorted by length: for evaluation, where order does not matter."""
-    return _cut(np.argsort(lengths, kind="stable"), batch)
-
-
-def _cut(rows: Rows, batch: int) -> list[Rows]:
-    return [rows[i : i + batch] for i in range(0, len(rows), batch)]
-
-
 def collate(encoded: Encoded | Store, index: Rows, base: Base, size: int | None, device: torch.device) -> Batch:
     """The named rows as one padded batch on a device; ``size`` is the side of images.
 
     index: positions among a client's rows, or, of a store, row numbers, which may be of several clients.
     """
     store, rows = (encoded, index) if isinstance(encoded, Store) else (encoded.store, encoded.index[index])
-    goals = store.targets[rows]
     if store.images is not None:
-        return _pictures(store.images[rows], goals, base, size, device)
-    lengths = store.lengths(rows)
-    longest = int(lengths.max())
-    place = np.arange(longest)
-    mask = place < lengths[:, None]
-    ids = np.full((len(rows), longest), base.words.pad_token_id, dtype=np.int64)
-    ids[mask] = np.concatenate([store.row(i) for i in rows.tolist()])
+        return _pictures(store.images[rows], store.targets[rows], base, size, device)
+    found = padded(store, rows, base.pad, base.task == "lm")
     inputs: dict[str, Tensor | bool] = {
-        "input_ids": torch.from_numpy(ids).to(device),
-        "attention_mask": torch.from_numpy(mask.astype(np.int64)).to(device),
+        "input_ids": torch.from_numpy(found.ids).to(device),
+        "attention_mask": torch.from_numpy(found.mask).to(device),
     }
-    if base.task == "classify":
-        return Batch(inputs, torch.from_numpy(goals).to(device), None)
-    where = np.zeros((len(rows), longest), dtype=np.bool_)
-    where[:, :-1] = mask[:, 1:] & (place[1:] >= goals[:, None])
-    targets = np.roll(ids, -1, axis=1)[where]
-    return Batch(inputs, torch.from_numpy(targets).to(device), torch.from_numpy(where).to(device))
+    where = None if found.where is None else torch.from_numpy(found.where).to(device)
+    return Batch(inputs, torch.from_numpy(found.targets).to(device), where)
 
 
 def _pictures(images: NDArray[np.uint8], labels: Rows, base: Base, size: int | None, device: torch.device) -> Batch:

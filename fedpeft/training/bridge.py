@@ -1,10 +1,8 @@
 """A peft model as an ``Adapter``: the only place that knows peft's key names and scales."""
 
-import hashlib
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -182,12 +180,6 @@ class Bridge:
         got = {f"fixed/{n}": f"{x.shape} of {x.dtype}" for n, x in drawn(adapter).items()}
         want = {f"fixed/{n}": f"{tuple(x.shape)} of {_copied(x).dtype}" for n, x in self._drawn.items()}
         _need_same(got, want)
-
-
-def shape_fingerprint(spec: Spec) -> str:
-    """sha256, in hex, of an adapter's public shape: names, shapes, ranks and scales, in order."""
-    text = json.dumps([[astuple(x) for x in spec.layers], spec.dense])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _pairs(model: PeftModel, live: set[int]) -> Iterator[tuple[str, _Pair]]:

@@ -15,9 +15,9 @@ from fedpeft.training.crew import Crew
 from fedpeft.training.environment import memory
 from fedpeft.training.loop import TorchTrainer, reason
 from fedpeft.training.memory import estimate
+from fedpeft.training.passes import need_rows
 from fedpeft.training.pool import Member, Pool
 from fedpeft.training.stack import Stack
-from fedpeft.training.steps import need_rows
 
 _TOKENS = 4096  # in one pass: more than this makes no token cheaper on a processor
 _SHARE = 0.5  # of the machine's memory, for one pass

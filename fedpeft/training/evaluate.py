@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedpeft.data import Encoded, by_length
 from fedpeft.rounds import Metrics
 from fedpeft.training.bases import Base
-from fedpeft.training.batches import by_length, collate
+from fedpeft.training.batches import collate
 from fedpeft.training.devices import Place
 from fedpeft.training.objectives import outcome
-from fedpeft.training.tokens import Encoded
 
 _ROWS = 64  # in one forward pass, for labels; replies have a word's logits at each position, and take fewer
 

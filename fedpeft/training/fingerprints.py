@@ -24,9 +24,6 @@ _SETTINGS = (
 )
 
 
-_PACKING = 1  # of how matrices are packed: raise it when that changes
-
-
 def fingerprint(model: PreTrainedModel, fresh: Sequence[str], files: Sequence[Path]) -> str:
     """SHA-256, in hex, of a model's names, shapes, dtypes and bytes, all but a fresh head's.
 
@@ -41,11 +38,6 @@ def fingerprint(model: PreTrainedModel, fresh: Sequence[str], files: Sequence[Pa
     text = _of_weights(model, frozenset(fresh))
     keep(kept, [text.encode()])
     return text
-
-
-def packed_fingerprint(plain: str, quantise: str) -> str:
-    """The fingerprint of a base whose matrices are packed in a format; for "none", its own."""
-    return plain if quantise == "none" else _digest([plain, quantise, str(_PACKING)])
 
 
 def _of_weights(model: PreTrainedModel, fresh: frozenset[str]) -> str:

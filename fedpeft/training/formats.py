@@ -12,12 +12,15 @@ index is the integer in two's complement, so that the bytes of an int4 matrix wi
 of an ONNX tensor of type INT4, and its scales those of ``DequantizeLinear`` along axis 1 with blocks of 64.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedpeft.adapters import Spec
 
 Format: TypeAlias = Literal["int8", "nf4", "int4"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -50,6 +53,8 @@ LEVELS: Mapping[Format, tuple[float, ...]] = {
     "int4": (*map(float, range(8)), *map(float, range(-8, 0))),
 }
 """What the 16 codes of a format of 4 bits stand for, before the scale."""
+
+_PACKING = 1  # of how matrices are packed: raise it when that changes
 
 _LARGEST = 65504.0  # in fp16
 _AT_ONCE = 1 << 16  # numbers packed in one go: temporary arrays stay in the processor's cache
@@ -153,3 +158,25 @@ def _halves(codes: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     flat = codes.reshape(len(codes), -1)[:, : columns + columns % 2]
     both: NDArray[np.uint8] = np.bitwise_or(flat[:, 0::2], flat[:, 1::2] << 4, dtype=np.uint8)
     return both
+
+
+def packed_fingerprint(plain: str, quantise: str, formats: Sequence[str] = ()) -> str:
+    """The fingerprint of a base whose matrices are packed in a format; for "none", its own, which is ``plain``.
+
+    formats: where clients may hold one base in several, these, and then the fingerprint is the same for all of them.
+    """
+    if formats:
+        return _digest(plain, "any of", *sorted(formats), str(_PACKING))
+    return plain if quantise == "none" else _digest(plain, quantise, str(_PACKING))
+
+
+def of_run(base: str, spec: Spec) -> str:
+    """The fingerprint of a base with an adapter of this shape, which two sides of a run must share.
+
+    base: a ``packed_fingerprint``.
+    """
+    return sha256(f"{base} {spec.digest}".encode()).hexdigest()
+
+
+def _digest(*lines: str) -> str:
+    return sha256("\n".join(lines).encode()).hexdigest()

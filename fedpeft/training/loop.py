@@ -3,30 +3,30 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from itertools import groupby
 from typing import Self, cast, get_args
 
 from torch import nn
 
 from fedpeft.adapters import CORES, Adapter
-from fedpeft.data import Federation, Part
+from fedpeft.data import Encoded, Federation, Part, Store
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import Done, Failed, Job, Metrics, Trial
 from fedpeft.training.bases import Base, load_base, place_for
-from fedpeft.training.bridge import Bridge, shape_fingerprint
+from fedpeft.training.bridge import Bridge
 from fedpeft.training.cores import Core, cores, put_back
 from fedpeft.training.devices import Place
 from fedpeft.training.evaluate import measure_each
 from fedpeft.training.fidelity import pack_base
+from fedpeft.training.formats import of_run
 from fedpeft.training.methods import Method
 from fedpeft.training.objectives import Extra, shifts
 from fedpeft.training.packaged import Progress
+from fedpeft.training.passes import travel
 from fedpeft.training.settings import Model, Training
-from fedpeft.training.steps import fit, travel
+from fedpeft.training.steps import fit
 from fedpeft.training.tails import beside
 from fedpeft.training.token_files import kept
-from fedpeft.training.tokens import Encoded, Store
 
 _TRIALS = 64  # of one adapter that share passes: more would keep the first ones waiting
 
@@ -83,7 +83,7 @@ class TorchTrainer:
     @property
     def base(self) -> str:
         """The fingerprint of the frozen base model and the adapter's shape."""
-        return sha256(f"{self.frozen.fingerprint} {shape_fingerprint(self.bridge.spec)}".encode()).hexdigest()
+        return of_run(self.frozen.fingerprint, self.bridge.spec)
 
     def start(self) -> Adapter:
         """The adapter before any training."""

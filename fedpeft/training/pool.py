@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpeft.data import Rows
+from fedpeft.data import Encoded, Rows
 from fedpeft.rounds import Done, Failed, Job, Metrics
 from fedpeft.training.bases import Base
 from fedpeft.training.batches import Batch, collate
@@ -18,10 +18,10 @@ from fedpeft.training.cores import CoreRows
 from fedpeft.training.devices import Place
 from fedpeft.training.members import Members
 from fedpeft.training.objectives import outcome, predictions, scored
+from fedpeft.training.passes import diverged, groups, travel
 from fedpeft.training.settings import Training
 from fedpeft.training.stack import Stack
-from fedpeft.training.steps import diverged, groups, in_training, travel
-from fedpeft.training.tokens import Encoded
+from fedpeft.training.steps import in_training
 from fedpeft.training.turns import Turn, choose
 
 

@@ -21,17 +21,23 @@ class Model:
     own dropout is on in training. It is off by default: on a frozen base it adds noise to short local
     training and slows it, and adapter methods have a dropout of their own; quantise: what the frozen matrices are held
     in, "int8" (a scale for each row), "nf4" or "int4" (a scale for 64 numbers; embeddings in int8), or "none" for the
-    precision that they run in. It saves memory: they are expanded whenever they are used.
+    precision that they run in. It saves memory: they are expanded whenever they are used; formats: all that clients of
+    one run may hold it in (unset: ``quantise`` alone), where a node's config names its own.
     """
 
     name: str = "minilm"
     revision: str | None = None
     dropout: bool = False
     quantise: Quantise = "none"
+    formats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.quantise not in get_args(Quantise):
             raise ValueError(f"quantise: got {self.quantise}; want none, int8, nf4 or int4")
+        if odd := sorted(set(self.formats) - set(get_args(Quantise))):
+            raise ValueError(f"formats: got {odd[0]}; want some of none, int8, nf4 and int4")
+        if self.formats and self.quantise not in self.formats:
+            raise ValueError(f"quantise: got {self.quantise}; want one of formats, {', '.join(self.formats)}")
         if not self.name.strip():
             raise ValueError("name: got ''; want a model's short name, a folder or a hub id")
 

@@ -2,21 +2,20 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count, islice
-from math import ceil, isfinite
+from math import isfinite
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedpeft.data import Rows
+from fedpeft.data import Encoded
 from fedpeft.rounds import Metrics
 from fedpeft.training.bases import Base
-from fedpeft.training.batches import Batch, collate, order
+from fedpeft.training.batches import Batch, collate
 from fedpeft.training.devices import Place
 from fedpeft.training.objectives import Extra, Proximal, outcome
+from fedpeft.training.passes import diverged, groups, need_rows
 from fedpeft.training.settings import Training
-from fedpeft.training.tokens import Encoded
 
 
 def fit(
@@ -61,24 +60,6 @@ def fit(
     return done
 
 
-def need_rows(rows: Encoded) -> None:
-    """Raise ValueError if there are no rows to train on."""
-    if not len(rows):
-        left_out = f": all {rows.dropped} were cut before their reply; raise training.length" if rows.dropped else ""
-        raise ValueError(f"no rows to train on{left_out}")
-
-
-def travel(training: Training, rows: int) -> float:
-    """What the gradients of a client with so many rows are multiplied with in all, as ``adapters.Update`` has it.
-
-    With SGD's momentum m the gradient of step j of K moves the values by lr · (1 + m + … + m^(K−j)). AdamW: 0.
-    """
-    if training.optimiser != "sgd":
-        return 0.0
-    steps = training.steps or training.epochs * ceil(ceil(rows / training.batch) / training.accumulate)
-    return training.lr * sum((1 - training.momentum**j) / (1 - training.momentum) for j in range(1, steps + 1))
-
-
 def _backward(model: nn.Module, base: Base, batch: Batch, units: int, number: int, place: Place) -> Metrics:
     """Add this batch's share to the gradient of the mean loss over ``units``."""
     with place.arithmetic():
@@ -89,24 +70,6 @@ def _backward(model: nn.Module, base: Base, batch: Batch, units: int, number: in
         raise FloatingPointError(diverged(total, number + 1))
     (loss / units).backward()  # type: ignore[no-untyped-call]  # torch's own
     return Metrics(total, batch.units, int(hits.sum().item()))
-
-
-def diverged(loss: float, step: int) -> str:
-    """What to say of a loss that is not finite."""
-    return f"the loss is {loss} at step {step}: lower training.lr, or set training.clip"
-
-
-def groups(rows: Encoded, training: Training, rng: np.random.Generator) -> Iterator[Sequence[Rows]]:
-    """The batches of each optimiser step: whole epochs, or as many of them as the set number of steps takes."""
-    lengths = rows.lengths
-
-    def allgroups() -> Iterator[Sequence[Rows]]:
-        for _ in count() if training.steps is not None else range(training.epochs):
-            batches = order(lengths, training.batch, rng)
-            for i in range(0, len(batches), training.accumulate):
-                yield batches[i : i + training.accumulate]
-
-    return islice(allgroups(), training.steps)
 
 
 def _optimiser(parameters: Sequence[nn.Parameter], training: Training) -> torch.optim.Optimizer:

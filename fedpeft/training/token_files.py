@@ -12,11 +12,11 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fedpeft.data import Rows, Table
+from fedpeft.data import Rows, Store, Table
 from fedpeft.training.bases import Base
 from fedpeft.training.cache import keep
 from fedpeft.training.environment import cache_folder
-from fedpeft.training.tokens import Store, tokenise
+from fedpeft.training.tokens import tokenise
 
 _FORMAT = 1  # of the files, and of how rows become tokens: raise it when either changes
 _MAGIC = b"fedpeft tokens\0\0"  # 16 bytes

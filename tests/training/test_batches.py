@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.data import Table
+from fedpeft.data import Table, by_length, order
 from fedpeft.errors import ConfigError
 from fedpeft.training.bases import load_base
-from fedpeft.training.batches import by_length, collate, normalised, order
+from fedpeft.training.batches import collate, normalised
 from fedpeft.training.devices import choose
 from fedpeft.training.pixels import Pixels
 from fedpeft.training.settings import Model

@@ -14,7 +14,7 @@ from fedpeft.training.batches import collate
 from fedpeft.training.bridge import Bridge
 from fedpeft.training.cores import CoreRows, cores
 from fedpeft.training.methods import Method
-from fedpeft.training.steps import groups
+from fedpeft.training.passes import groups
 from tests.training.cohort_cases import (
     LINEARS,
     ROUNDING,

@@ -20,8 +20,7 @@ from fedpeft.training.cohort import CohortTrainer
 from fedpeft.training.crew import share
 from fedpeft.training.devices import choose
 from fedpeft.training.fidelity import BOUNDS, cosine
-from fedpeft.training.fingerprints import packed_fingerprint
-from fedpeft.training.formats import FORMATS, pack, unpack
+from fedpeft.training.formats import FORMATS, pack, packed_fingerprint, unpack
 from fedpeft.training.loop import TorchTrainer
 from fedpeft.training.quantised import FrozenEmbedding, FrozenLinear, matrices, quantise
 from fedpeft.training.refusals import PACKED, packed_refusal

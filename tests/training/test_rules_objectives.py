@@ -12,8 +12,8 @@ from fedpeft.rounds import Done, Failed
 from fedpeft.rules import HetLoRA, Objective, Scaffold, Task
 from fedpeft.training.batches import collate
 from fedpeft.training.objectives import predictions, scored, shifts, tail_gradients
+from fedpeft.training.passes import groups, travel
 from fedpeft.training.settings import Method, Training
-from fedpeft.training.steps import groups, travel
 from tests.training.cohort_cases import (
     SGD,
     assert_agree,

@@ -222,7 +222,7 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from fedpeft.training.token_files import read, write
-from fedpeft.training.tokens import Store
+from fedpeft.data import Store
 file = Path(sys.argv[1])
 rng = np.random.default_rng(7)
 lengths = rng.integers(0, 9, 50_000)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.data import Table
+from fedpeft.data import ABSENT, CUT, WHOLE, Table
 from fedpeft.training.bases import load_base
 from fedpeft.training.batches import collate
 from fedpeft.training.devices import choose
 from fedpeft.training.loop import TorchTrainer
 from fedpeft.training.settings import Method, Model, Training
-from fedpeft.training.tokens import ABSENT, CUT, WHOLE, encode, tokenise
+from fedpeft.training.tokens import encode, tokenise
 
 CPU = torch.device("cpu")
 LORA = Method(rank=3, alpha=6.0, targets=("query", "value"))

@@ -1,0 +1,1 @@
+"""Training in stock onnxruntime, from a kit: no torch anywhere."""

@@ -1,0 +1,46 @@
+"""Which rows a client trains on, in what order, and how far its steps go: for every runtime the same."""
+
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from math import ceil
+
+import numpy as np
+
+from fedpeft.data import Encoded, Rows, order
+from fedpeft.training.settings import Training
+
+
+def need_rows(rows: Encoded) -> None:
+    """Raise ValueError if there are no rows to train on."""
+    if not len(rows):
+        left_out = f": all {rows.dropped} were cut before their reply; raise training.length" if rows.dropped else ""
+        raise ValueError(f"no rows to train on{left_out}")
+
+
+def travel(training: Training, rows: int) -> float:
+    """What the gradients of a client with so many rows are multiplied with in all, as ``adapters.Update`` has it.
+
+    With SGD's momentum m the gradient of step j of K moves the values by lr · (1 + m + … + m^(K−j)). AdamW: 0.
+    """
+    if training.optimiser != "sgd":
+        return 0.0
+    steps = training.steps or training.epochs * ceil(ceil(rows / training.batch) / training.accumulate)
+    return training.lr * sum((1 - training.momentum**j) / (1 - training.momentum) for j in range(1, steps + 1))
+
+
+def groups(rows: Encoded, training: Training, rng: np.random.Generator) -> Iterator[Sequence[Rows]]:
+    """The batches of each optimiser step: whole epochs, or as many of them as the set number of steps takes."""
+    lengths = rows.lengths
+
+    def allgroups() -> Iterator[Sequence[Rows]]:
+        for _ in count() if training.steps is not None else range(training.epochs):
+            batches = order(lengths, training.batch, rng)
+            for i in range(0, len(batches), training.accumulate):
+                yield batches[i : i + training.accumulate]
+
+    return islice(allgroups(), training.steps)
+
+
+def diverged(loss: float, step: int) -> str:
+    """What to say of a loss that is not finite."""
+    return f"the loss is {loss} at step {step}: lower training.lr, or set training.clip"
