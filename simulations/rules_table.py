@@ -1,9 +1,10 @@
-"""A sweep over rules as a Markdown table, and accuracy against bytes as a figure.
+"""A sweep over rules, codecs or runtimes as a Markdown table, and accuracy against bytes as a figure.
 
 Run: python simulations/rules_table.py SWEEP.toml RUNS_FOLDER [FIGURE.svg]
 
 A case counts with the value of the searched key for which all seeds are there, and each figure is its mean and sample
-standard deviation over them; beside fedit: the difference between runs of one seed. Bytes are of the whole run:
+standard deviation over them; beside fedit, or the first case where there is none: the difference between runs of one
+seed. Bytes are of the whole run:
 training's messages, both ways. The worst tenth is the mean accuracy of the tenth of the clients, rounded up, that are
 worst off, on their own test rows.
 """
@@ -25,7 +26,7 @@ import matplotlib.pyplot as plt
 from fedpeft.report import History, history, inexact
 from fedpeft.sweep import Sweep, points, read
 
-HEADS = ("case", "lr", "accuracy", "beside fedit", "clients' own rows", "worst tenth", "MB up", "MB down", "inexact %")
+HEADS = ("case", "lr", "accuracy", "beside {}", "clients' own rows", "worst tenth", "MB up", "MB down", "inexact %")
 
 
 def value(run: History, key: str) -> Any:
@@ -110,14 +111,15 @@ def beside(mine: Sequence[float | None], other: Sequence[float | None]) -> str:
 def main(file: str, folder: str, figure: str = "") -> None:
     sweep = read(Path(file))
     found = chosen(sweep, Path(folder))
-    heads = HEADS if sweep.choose else (HEADS[0], *HEADS[2:])
+    first = "fedit" if "fedit" in found else next(iter(found))
+    heads = [x.format(first) for x in HEADS if sweep.choose or x != "lr"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for case, runs in found.items():
         columns = list(zip(*(figures(x) for x in runs), strict=True))
         cells = [spread(x, digits) for x, digits in zip(columns, (3, 3, 3, 1, 1, 1), strict=True)]
-        cells.insert(1, beside(columns[0], [figures(x)[0] for x in found.get("fedit", [])]))
-        first = [f"{value(runs[0], sweep.choose.key):g}"] if sweep.choose else []
-        print(f"| {' | '.join([case, *first, *cells])} |")
+        cells.insert(1, beside(columns[0], [figures(x)[0] for x in found[first]]))
+        rate = [f"{value(runs[0], sweep.choose.key):g}"] if sweep.choose else []
+        print(f"| {' | '.join([case, *rate, *cells])} |")
     if figure:
         draw(found, Path(figure), sweep.name)
 
