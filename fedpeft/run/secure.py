@@ -89,7 +89,7 @@ class Sessions:
         try:
             params, grid = terms.proposal(
                 *(protocol, state, ranks, mine, token_bytes(16), attempt),
-                consistency=getattr(protocol, "consistency", True),
+                consistency=protocol.is_consistent,
                 hides_ranks=found.rule.hides_ranks,
             )
             session = protocol.server(params, self.roster)

@@ -11,7 +11,7 @@ from hashlib import sha256
 from fedpeft.config import Experiment
 from fedpeft.flower import Losses
 from fedpeft.run.secure import Sessions
-from fedpeft.secagg import Identity, Member, Policy, Protocol, Roster
+from fedpeft.secagg import Full, Identity, Member, Policy, Protocol, Roster
 from fedpeft.secagg.helper import Helper, HelperKey, InMemory
 
 SIMULATED = "simulated-keys"
@@ -31,17 +31,18 @@ def sessions(found: Experiment, clients: int) -> Sessions | None:
 def losses(found: Experiment, clients: int) -> Losses | None:
     """Which clients vanish in which rounds; None where none do.
 
-    A round has the steps of ``full``: keys, shares, and for each pass vectors, survivors and unmask. In the clear, and
-    with two servers, a pass has one message, which is there for whoever has not vanished before the vectors.
+    A round has the steps of ``full``, whatever it runs: keys, shares, and for each pass vectors, survivors and unmask.
+    In the clear a pass has one message, which is there for whoever has not vanished before the vectors.
     """
-    terms, passes = found.simulation.losses, range(found.rule.passes)
+    terms, passes = found.simulation.losses, found.rule.passes
     if terms is None:
         return None
-    vectors = tuple(2 + 3 * pass_ for pass_ in passes)
-    every = (0, 1, *(step for at in vectors for step in (at, at + 1, at + 2)))
-    unconfirmed = tuple(step for step in every if step - 1 not in vectors)
-    has_consistency = getattr(found.secagg, "consistency", None)
-    secure = {True: every, False: unconfirmed, None: vectors}[has_consistency]
+    every = Full().questions(passes)
+    vectors = tuple(at for at, name in enumerate(every) if name == "vectors")
+    secure = vectors
+    if isinstance(found.secagg, Protocol):
+        left = iter(enumerate(every))
+        secure = tuple(next(at for at, name in left if name == asked) for asked in found.secagg.questions(passes))
     return Losses(terms.count(clients), clients, found.seed, len(every), vectors, secure)
 
 

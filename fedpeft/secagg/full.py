@@ -50,6 +50,15 @@ class Full(Protocol):
         if not 0.5 <= self.fraction < 1:
             raise ValueError(f"fraction: got {self.fraction}; want at least 1/2 and less than 1")
 
+    @property
+    @override
+    def is_consistent(self) -> bool:
+        return self.consistency
+
+    @override
+    def questions(self, passes: int) -> tuple[str, ...]:
+        return _questions(self.consistency, passes)
+
     @override
     def threshold(self, cohort: int) -> int:
         if cohort < LEAST_COHORT:
@@ -100,6 +109,15 @@ class KRegular(Protocol):
             if bits < 1:
                 raise ValueError(f"{key}: got {bits}; want at least 1")
 
+    @property
+    @override
+    def is_consistent(self) -> bool:
+        return self.consistency
+
+    @override
+    def questions(self, passes: int) -> tuple[str, ...]:
+        return _questions(self.consistency, passes)
+
     @override
     def threshold(self, cohort: int) -> int:
         return self._degrees(cohort).largest_threshold
@@ -127,6 +145,11 @@ class KRegular(Protocol):
                 f"client's neighbours being corrupt: use full"
             )
         return degrees(cohort, self.corrupt, self.dropouts, self.consistency, self.sigma, self.eta)
+
+
+def _questions(is_consistent: bool, passes: int) -> tuple[str, ...]:
+    each = ("vectors", "survivors", "unmask") if is_consistent else ("vectors", "unmask")
+    return ("keys", "shares", *each * passes)
 
 
 def _label(name: str, is_malicious: bool, corrupt: float, dropouts: float) -> SecurityLabel:

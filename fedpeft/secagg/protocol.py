@@ -170,6 +170,15 @@ class Protocol(ABC):
     A frozen dataclass whose fields are the options of ``[secagg]``.
     """
 
+    @property
+    def is_consistent(self) -> bool:
+        """Whether clients agree on who survived before anything is told that belongs to one of them."""
+        return True
+
+    def questions(self, passes: int) -> tuple[str, ...]:
+        """What a client of a round with so many sums is asked, message by message, with the names that ``full`` has."""
+        return ("vectors",) * passes
+
     @abstractmethod
     def threshold(self, cohort: int) -> int:
         """How many clients must stay to the end. ValueError for a cohort that is too small for it."""
