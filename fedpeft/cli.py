@@ -16,6 +16,8 @@ from rich.table import Table
 from fedpeft import __version__
 from fedpeft.errors import ConfigError, DataError, ProtocolError
 from fedpeft.keys import helper, keys
+from fedpeft.kits import export_step
+from fedpeft.plans import plan
 from fedpeft.terminal import Terminal, headline, size, words
 from fedpeft.training.environment import prepare, starting
 
@@ -127,6 +129,9 @@ def check(
         told = ", ".join(f"{rank} × {count}" for rank, count in ahead.ranks)
         of = f" of {ahead.told} clients" if ahead.told < ahead.clients else " clients"
         table.add_row("[bold]ranks[/]", f"{told}{of}")
+    if ahead.runtimes:
+        told = ", ".join(f"{name} × {count}" for name, count in ahead.runtimes)
+        table.add_row("[bold]runtimes[/]", f"{told}; the base is in memory once for each")
     if ahead.refusal:
         table.add_row("[bold]because[/]", f"{found.adapter.method} can't be trained for many at once: {ahead.refusal}")
     for what, value in [*ahead.secrecy, *(ahead.outlook.lines() if ahead.outlook is not None else ())]:
@@ -163,11 +168,9 @@ def rules(
         table.add_row(*(escape(row.cells()[i]) for i in shown))
     console.print(table, highlight=False)
     first = book.LEGEND[0] if what is None else book.BYTES
-    legend = [
-        first,
-        *book.LEGEND[1:],
-        *([] if len(shown) == len(book.HEADS) else ["What one does: `fedpeft rules NAME`."]),
-    ]
+    legend = [first, *book.LEGEND[1:]]
+    if len(shown) < len(book.HEADS):
+        legend.append("What one does: `fedpeft rules NAME`.")
     console.print("\n".join(legend), style="dim", highlight=False, markup=False)
 
 
@@ -229,7 +232,8 @@ def export(
 
     **peft**: an adapter folder. Any method; the base stays as it is, so it is small.
 
-    **merged**: a folder that plain transformers loads. Methods whose update is a change of weights.
+    **merged**: a folder that plain transformers loads. Methods whose update is a change of weights; those of a packed
+    base are written expanded, as the adapter was trained on them.
 
     **onnx**: a graph in fp32 for stock onnxruntime, any batch and length, with the tokenizer's files and code that
     runs it. Methods as for merged; needs `pip install 'fedpeft[onnx]'`; takes minutes.
@@ -237,8 +241,8 @@ def export(
     **gguf**: a LoRA that llama.cpp runs beside the base (`--lora`). LoRA and rsLoRA on language models of the Llama and
     GPT-2 families; for others export to merged, and convert that.
 
-    All but peft are loaded again first, and their logits compared with the run's: beyond 1e-4 of the largest it is an
-    error, and no onnx or gguf file is left. A README beside each, but for merged, says how to load it.
+    Each is loaded again first, and its logits compared with the run's: beyond 1e-4 of the largest it is an error, and
+    no onnx or gguf file is left. A README beside each, but for merged, says how to load it.
     """
     from fedpeft.run import export_run
 
@@ -260,7 +264,8 @@ def doctor(
     console.print(table, highlight=False, soft_wrap=True)
 
 
-app.command()(helper)
+for command in (export_step, helper, plan):
+    app.command()(command)
 
 
 @app.callback(invoke_without_command=True)

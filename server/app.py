@@ -8,6 +8,7 @@ Its run config (``flwr run . --run-config``) names the experiment:
     roster="/etc/fedpeft/roster.json"    with secure aggregation: who may take part, signed
     helper="helper.example:9095"         with secagg.name = "twoserver": where the second server is,
     helper-certificate="helper.crt"      and the certificate of its authority, or its own if self-signed
+    kit="/opt/kit"                       with fleet.kit: what devices without torch are sent, if it is not made here
 """
 
 from functools import partial

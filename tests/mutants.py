@@ -1,42 +1,47 @@
 """Break the core one small piece at a time; every break must fail a test.
 
-    python tests/mutants.py [part of a path ...]
+    python tests/mutants.py [--all] [part of a path ...]
 
 Each expression and statement of rules/, adapters/ and channel/ is changed in turn (``mutations.py``): operators and
 comparisons swapped, constants moved, operands, arguments, conditions and statements left out. Prints each survivor;
 the exit code is the number of survivors.
 
-Works on a copy in a temporary folder. A change within a function is tried in a fork of one process that has all tests
-loaded, on just the tests that call that function; what survives, and a change outside functions, is tried once more
-in a fork that loads everything anew and runs all tests.
+``mutants.json`` beside this file, which is to be committed, says which test killed each mutant the last time
+(``ledger.py``). That test is tried first and settles most of them at once: it is run on the mutant itself each time,
+so a ledger that is out of date costs time, but hides no survivor. Only where the core, its tests, these scripts, Python
+and the packages that compute are byte for byte those that every mutant died with, all but a sample of 100 is taken as
+dead; it is another sample each day (UTC). ``--all`` tries each as if there were no ledger; parts of paths try all the
+mutants of those files. The ledger is written anew after each run that found something.
+
+Works on a copy in a temporary folder. A change within a function is tried in a fork of one process that has the tests
+loaded, on the test that killed it before, else on just the tests that call that function; what survives, and a change
+outside functions that no known test kills, is tried once more in a fork that loads everything anew and runs all tests.
 """
 
-import ast
-import importlib.util
+import argparse
+import datetime
 import json
 import os
+import platform
 import shutil
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec, SourceFileLoader
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
 
-import hypothesis  # noqa: F401  (loaded once, before the forks)
-import numpy.testing  # noqa: F401
-import pytest
-from _pytest.runner import runtestprotocol
-from mutations import Mutant, mutants
+from ledger import Ledger, digest, keys, sample
+from mutations import mutants
+from trials import TESTS, killers_of
 
 ROOT = Path(__file__).resolve().parents[1]
+LEDGER = ROOT / "tests" / "mutants.json"
 ROOMS = ("adapters", "rules", "channel")
-TESTS = ("adapters", "channel", "rules", "oracles", "laws", "rounds")
-WORKERS = 2
-BROKEN = 3  # a fork's exit code when it is this script that failed
-SECONDS = 60  # of computing for one mutant; one that hangs is killed
+SCRIPTS = ("mutants.py", "mutations.py", "trials.py", "ledger.py")
+COMPUTES = ("numpy", "hypothesis", "pytest", "cryptography", "zstandard")
+SAMPLE = 100
 
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
@@ -54,174 +59,82 @@ EQUIVALENT: dict[tuple[str, str], str] = {
 """(function, change) of changes that make no difference, and why."""
 
 
-def in_forks(tasks: Sequence[Mutant], survives: Callable[[Mutant], bool]) -> list[Mutant]:
-    """The mutants that survive, each tried in a fork of this process; one that computes for too long dies."""
-    running: dict[int, Mutant] = {}
-    alive: list[Mutant] = []
-    waiting = list(reversed(tasks))
-    sys.stdout.flush()
-    while waiting or running:
-        while waiting and len(running) < WORKERS:
-            mutant = waiting.pop()
-            if not (child := os.fork()):
-                signal.setitimer(signal.ITIMER_PROF, SECONDS)
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, 1)
-                os.dup2(null, 2)
-                try:
-                    os._exit(0 if survives(mutant) else 1)
-                finally:
-                    os._exit(BROKEN)
-            running[child] = mutant
-        child, status = os.wait()
-        mutant = running.pop(child)
-        if status == 0:
-            alive.append(mutant)
-        elif os.WIFEXITED(status) and os.WEXITSTATUS(status) == BROKEN:
-            raise RuntimeError(f"could not try {mutant.path}:{mutant.line} {mutant.function}: {mutant.change}")
-    return alive
+def copied(folder: Path) -> None:
+    """Everything that a mutant's death depends on, in a folder of its own."""
+    without = shutil.ignore_patterns("__pycache__")
+    for room in (*ROOMS, "rounds", "secagg", "testing"):
+        shutil.copytree(ROOT / "fedpeft" / room, folder / "fedpeft" / room, ignore=without)
+    for name in ("fedpeft/__init__.py", "fedpeft/errors.py"):
+        shutil.copy(ROOT / name, folder / name)
+    for part in TESTS:
+        shutil.copytree(ROOT / "tests" / part, folder / "tests" / part, ignore=without)
+    for name in SCRIPTS:
+        shutil.copy(ROOT / "tests" / name, folder / "tests" / name)
 
 
-def code_of(module: CodeType, function: str) -> CodeType:
-    """A function's code, by its qualified name."""
-    code = module
-    for part in function.split("."):
-        code = next(x for x in code.co_consts if isinstance(x, CodeType) and x.co_name == part)
-    return code
+def facts(options: object) -> Iterator[str]:
+    """What else a death depends on: Python, packages and pytest's own options."""
+    yield ".".join(platform.python_version_tuple()[:2])
+    yield from (f"{name} {version(name)}" for name in COMPUTES)
+    yield json.dumps(options, sort_keys=True)
 
 
-def function_of(path: Path, function: str) -> FunctionType:
-    """The live function, by its module's path and its qualified name."""
-    value: object = sys.modules[module_of(path)]
-    for part in function.split("."):
-        value = vars(value)[part]
-    value = getattr(value, "fget", None) or getattr(value, "__func__", value)
-    value = getattr(value, "__wrapped__", value)  # behind a cache
-    assert isinstance(value, FunctionType), (path, function)
-    return value
-
-
-def module_of(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts[path.parts.index("fedpeft") :]).removesuffix(".__init__")
-
-
-class InOneProcess:
-    """A pytest plugin: runs the tests once, then the mutants of functions on the tests that call them."""
-
-    def __init__(self, tasks: Sequence[Mutant]) -> None:
-        self.tasks = tasks
-        self.alive: list[Mutant] | None = None
-
-    def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        seconds: dict[pytest.Item, float] = {}
-        calls: dict[tuple[str, str], set[pytest.Item]] = {}
-        for item in session.items:
-
-            def note(frame: FrameType, event: str, _: object, item: pytest.Item = item) -> None:
-                code = frame.f_code
-                if event == "call" and "/fedpeft/" in code.co_filename:
-                    calls.setdefault((code.co_filename, code.co_qualname.split(".<locals>")[0]), set()).add(item)
-
-            begun = time.perf_counter()
-            sys.setprofile(note)
-            passed = run(item)
-            sys.setprofile(None)
-            seconds[item] = time.perf_counter() - begun
-            if not passed:
-                print(f"the tests must pass before anything is broken: {item.nodeid} fails")
-                return True
-
-        def survives(mutant: Mutant) -> bool:
-            function_of(mutant.path, mutant.function).__code__ = code_of(mutant.code(), mutant.function)
-            tests = calls.get((str(mutant.path), mutant.function), ())
-            return all(run(item) for item in sorted(tests, key=lambda x: seconds[x]))
-
-        if not in_forks(self.tasks[:1], lambda _: all(run(item) for item in session.items)):
-            print("the tests must pass in a fork before anything is broken")
-            return True
-        self.alive = in_forks(self.tasks, survives)
-        return True
-
-
-def run(item: pytest.Item) -> bool:
-    return not any(report.failed for report in runtestprotocol(item, log=False, nextitem=None))
-
-
-class Changed:
-    """An import hook that gives one module a mutant's code."""
-
-    def __init__(self, mutant: Mutant) -> None:
-        self.mutant = mutant
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name != module_of(self.mutant.path):
-            return None
-        code = self.mutant.code()
-
-        class Loader(SourceFileLoader):
-            def get_code(self, fullname: str) -> CodeType:
-                return code
-
-        return importlib.util.spec_from_file_location(
-            name, self.mutant.path, loader=Loader(name, str(self.mutant.path))
-        )
-
-
-def main(only: Sequence[str]) -> int:
-    """The number of survivors."""
+def main(only: Sequence[str], forget: bool = False) -> int:
+    """The number of survivors; forget: as if there were no ledger."""
+    begun = time.perf_counter()
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder).resolve()
-        for room in (*ROOMS, "rounds", "secagg", "testing"):
-            shutil.copytree(
-                ROOT / "fedpeft" / room, copy / "fedpeft" / room, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        for name in ("fedpeft/__init__.py", "fedpeft/errors.py", "pyproject.toml"):
-            shutil.copy(ROOT / name, copy / name)
-        for part in TESTS:
-            shutil.copytree(ROOT / "tests" / part, copy / "tests" / part, ignore=shutil.ignore_patterns("__pycache__"))
+        copied(copy)
+        settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]
+        now = digest(copy, facts(settings))
+        shutil.copy(ROOT / "pyproject.toml", copy / "pyproject.toml")
         os.chdir(copy)
         sys.dont_write_bytecode = False  # into the copy, so that forks need not compile everything again
         sys.path.insert(0, str(copy))
-        paths = [p for room in ROOMS for p in sorted((copy / "fedpeft" / room).glob("*.py"))]
-        if only:
-            paths = [p for p in paths if any(part in str(p.relative_to(copy)) for part in only)]
-        found = [m for p in paths for m in mutants(p)]
-        known = [m for m in found if (m.function, m.change) in EQUIVALENT]
-        tasks = [m for m in found if m not in known]
-        begun = time.perf_counter()
-        options = [f"tests/{part}" for part in TESTS] + ["-p", "no:cacheprovider", "-x"]
-        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # for what is loaded before the forks
-
-        inner, outer = [m for m in tasks if m.function], [m for m in tasks if not m.function]
-        result = copy / "alive.json"
-        if not (child := os.fork()):  # so that this process stays free of the modules under test
-            plugin = InOneProcess(inner)
-            pytest.main(options, plugins=[plugin])
-            if plugin.alive is not None:
-                result.write_text(json.dumps([inner.index(m) for m in plugin.alive]))
-            sys.stdout.flush()
-            os._exit(0)
-        os.waitpid(child, 0)
-        if not result.exists():
+        ledger = Ledger.read(LEDGER)
+        paths = {str(p.relative_to(copy)): p for room in ROOMS for p in sorted((copy / "fedpeft" / room).glob("*.py"))}
+        chosen = [name for name in paths if not only or any(part in name for part in only)]
+        known, tasks = 0, []
+        for name in chosen:
+            found = list(mutants(paths[name]))
+            named = zip(keys([(m.function, m.change) for m in found]), found, strict=True)
+            these = [(name, key, m) for key, m in named if (m.function, m.change) not in EQUIVALENT]
+            known += len(found) - len(these)
+            tasks += these
+        total, is_sample = len(tasks), ledger.digest == now and not only and not forget
+        if is_sample:
+            tasks = sample(tasks, SAMPLE, day)
+        hints = ["" if forget else ledger.killer(name, key) for name, key, _ in tasks]
+        killers = killers_of([m for _, _, m in tasks], hints)
+        if killers is None:
             return 255
-
-        def survives(mutant: Mutant) -> bool:
-            sys.meta_path.insert(0, Changed(mutant))
-            return pytest.main(options) == 0
-
-        unchanged = Mutant(paths[0], "", 0, "nothing", ast.parse(paths[0].read_text()), lambda: None)
-        if not in_forks([unchanged], survives):
-            print("the tests must pass before anything is broken")
-            return 255
-        alive = in_forks([inner[i] for i in json.loads(result.read_text())] + outer, survives)
+        alive = [m for (_, _, m), killer in zip(tasks, killers, strict=True) if not killer]
         for m in sorted(alive, key=lambda m: (m.path, m.line)):
             print(f"SURVIVED {m.path.relative_to(copy)}:{m.line} {m.function}: {m.change}")
+        settled = sum(x == y != "" for x, y in zip(killers, hints, strict=True))
         print(
-            f"{len(tasks) - len(alive)} of {len(tasks)} mutants killed in {time.perf_counter() - begun:.0f} s; "
-            f"{len(known)} make no difference"
+            f"{len(tasks) - len(alive)} of {len(tasks)} mutants killed in {time.perf_counter() - begun:.0f} s, "
+            f"{settled} by the test that did last time; {known} more make no difference"
         )
+        if is_sample:
+            print(f"nothing has changed that they depend on since all {total} died: these are the sample of {day}")
+        found_now: dict[str, dict[str, str]] = {} if is_sample else {name: {} for name in chosen}
+        for (name, key, _), killer in zip(tasks, killers, strict=True):
+            if killer and not is_sample:
+                found_now[name][key] = killer
+        after = ledger.after(now, found_now, paths, not only and not is_sample, len(alive))
+        if after != ledger:
+            after.write(LEDGER)
+            print(f"{LEDGER.relative_to(ROOT)} is new: commit it")
         return len(alive)
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(sys.argv[1:]), 254))
+    parser = argparse.ArgumentParser(
+        description="Break the core one small piece at a time; every break must fail a test."
+    )
+    parser.add_argument("parts", nargs="*", help="parts of paths: all the mutants of those files")
+    parser.add_argument("--all", action="store_true", help="try every mutant as if there were no ledger")
+    given = parser.parse_args()
+    sys.exit(min(main(given.parts, given.all), 254))

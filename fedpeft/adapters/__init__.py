@@ -15,9 +15,11 @@ from fedpeft.adapters.factored import (
 )
 from fedpeft.adapters.layout import Array, Layout, Shape, Tensors
 from fedpeft.adapters.lowrank import LowRank
+from fedpeft.adapters.walks import MOVES, Pool, flat, places, retraced, walk_of, walked
 
 __all__ = [
     "CORES",
+    "MOVES",
     "ROW",
     "Adapter",
     "Array",
@@ -25,6 +27,7 @@ __all__ = [
     "Layer",
     "Layout",
     "LowRank",
+    "Pool",
     "Shape",
     "Spec",
     "Tensors",
@@ -37,10 +40,15 @@ __all__ = [
     "drawn",
     "drift",
     "factored_svd",
+    "flat",
     "lasting",
     "orthogonal",
     "orthonormal",
+    "places",
+    "retraced",
     "same",
     "stack",
     "top_svd",
+    "walk_of",
+    "walked",
 ]

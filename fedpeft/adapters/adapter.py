@@ -120,11 +120,13 @@ class Update:
 
     travel: the sum of the factors that its gradients were multiplied with on the way, so that (received − trained) /
     travel is their mean: steps times learning rate for plain SGD; 0 where the steps were not along gradients.
+    moves: how far it went along each of its job's directions (``Pool``), where it was given any.
     """
 
     received: Adapter
     trained: Adapter
     travel: float = 1.0
+    moves: Array | None = None
 
     def factors(self, parts: str, spec: Spec) -> dict[str, Array]:
         """trained − received in fp64, factor by factor, zero-padded to the server's ranks.

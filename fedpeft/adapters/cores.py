@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fedpeft.adapters.adapter import Adapter
 from fedpeft.adapters.layout import Array, Tensors
 from fedpeft.adapters.lowrank import LowRank
+from fedpeft.adapters.walks import MOVES, WALK
 
 CORES = ("core", "heads")
 """What a rule says that clients train where it is cores: these alone, or each with a scale of its own."""
@@ -90,12 +91,12 @@ def cored(adapter: Adapter, basis: Mapping[str, Basis], cores: Tensors) -> Adapt
 
 
 def drawn(adapter: Adapter) -> dict[str, NDArray[Any]]:
-    """The fixed tensors without those of bases: what the method itself drew at random."""
+    """The fixed tensors without those of bases and walks: what the method itself drew at random."""
     mine = {f"{n}/{part}" for n in bases(adapter) for part in (_LEFT, _RIGHT, _AT)}
-    return {n: x for n, x in adapter.fixed.items() if n not in mine}
+    return {n: x for n, x in adapter.fixed.items() if n not in mine and not n.startswith(WALK)}
 
 
 def lasting(adapter: Adapter) -> dict[str, NDArray[Any]]:
-    """The fixed tensors without those that say which directions a client has: the same for all, in every round."""
-    choices = {f"{n}/{_AT}" for n in adapter.layers}
+    """The fixed tensors without those of a client's directions and moves: the same for all, in every round."""
+    choices = {MOVES} | {f"{n}/{_AT}" for n in adapter.layers}
     return {n: x for n, x in adapter.fixed.items() if n not in choices}

@@ -16,9 +16,11 @@ from typing import Any
 
 from fedpeft.channel import PlainChannel, RingChannel
 from fedpeft.config.compression import Compression, check_compression, told, without
+from fedpeft.config.forward_only import check_forward_only
 from fedpeft.config.personal import Personal, check_personal
 from fedpeft.config.ranks import RANKS, check_ranks
 from fedpeft.config.rules import RULES, check_rule, is_dora, seeded
+from fedpeft.config.runtimes import FORMATS, check_format, check_onnx, check_runtimes
 from fedpeft.config.schema import Choice, Settings, build, check, choose, nearest, plain, section
 from fedpeft.config.sections import Baselines, Evaluation, Fleet, Simulation
 from fedpeft.config.secure import CHANNELS, SECAGGS, InTheClear, check_secure, with_defaults
@@ -206,6 +208,7 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
 def _combinations(found: Experiment) -> None:
     name = found.settings["rule"]["name"]
     check_rule(found.rule, name, found.adapter, found.server, found.schedule)
+    check_forward_only(found, name)
     if found.rounds < found.rule.fewest_rounds:
         raise ConfigError(
             f"rounds: got {found.rounds}; {name} finds its directions in the first {found.rule.fewest_rounds - 1}; "
@@ -221,6 +224,11 @@ def _combinations(found: Experiment) -> None:
     check_secure(found)
     check_compression(found)
     timing(found.rule, name, found.schedule, found.simulation.devices, found.selection)
+    check_runtimes(found, name)
+    if found.fleet.kit:
+        check_onnx(found, name, f"fleet.kit: got {found.fleet.kit!r}")
+        if found.fleet.kit in FORMATS:
+            check_format(found.model, found.fleet.kit, f"fleet.kit: got {found.fleet.kit!r}")
     if found.selection.rest and isinstance(found.schedule, Buffered):
         raise ConfigError(
             f"selection.rest: got {found.selection.rest}; want 0 with schedule.name = 'buffered', which has no rounds "

@@ -29,6 +29,11 @@ def check_ranks(ranks: Ranks, name: str, method: Method, rule: MeanRule | ListRu
     """Raise ConfigError, naming the key, for ranks of this name that can't go with the rest of the experiment."""
     if ranks.is_whole:
         return
+    if rule.pool is not None:
+        raise ConfigError(
+            f"ranks.name: got {name!r}, and clients that train by forward passes alone move all directions of a layer, "
+            f'whatever their memory; want ranks.name = "whole", or rule.name = "fedit"'
+        )
     if isinstance(rule, Krum):
         raise ConfigError(
             f"ranks.name: got {name!r}, and krum compares the lengths of whole changes: a client of a low rank has "

@@ -11,6 +11,7 @@ from fedpeft.rules import (
     Averaging,
     FactorMean,
     FedEx,
+    FedKSeed,
     FedRot,
     FedSB,
     FedSVD,
@@ -39,6 +40,7 @@ RULES: Mapping[str, Choice] = {
         {"cycle": ("ab",), "personalised": False, "owners": False},
         "Average the change of both factors (arXiv:2305.05644).",
     ),
+    "fedkseed": Choice(FedKSeed),
     "fedrot": Choice(FedRot),
     "fedsa": Choice(
         FactorMean,

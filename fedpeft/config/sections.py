@@ -1,10 +1,12 @@
 """Sections of an experiment file that belong to no room: evaluation, baselines, fleet, simulation."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import floor, inf
 from typing import Literal
 
+from fedpeft.config.runtimes import FORMATS, check_shares
 from fedpeft.config.timing import kinds
 from fedpeft.rounds import Device
 
@@ -49,7 +51,8 @@ class Fleet:
     nodes: how many (in a simulation, all of them); wait: seconds; failures: rounds in a row that may
     fail before the run stops; own_data: each node brings a data set of its own (its node config's
     ``data``), so there is nothing to partition; patience: seconds for each short message of secure aggregation, in
-    which nobody trains.
+    which nobody trains; kit: the format of the base in the kit that devices without torch are sent ("" sends none), or
+    the digest of a kit that was made before.
     """
 
     nodes: int | None = None
@@ -57,6 +60,7 @@ class Fleet:
     patience: float = 120.0
     failures: int = 3
     own_data: bool = False
+    kit: str = ""
 
     def __post_init__(self) -> None:
         for key, good, want in (
@@ -64,9 +68,14 @@ class Fleet:
             ("wait", self.wait > 0, "more than 0 seconds"),
             ("patience", self.patience > 0, "more than 0 seconds"),
             ("failures", self.failures >= 1, "at least 1"),
+            ("kit", _is_kit(self.kit), f"{', '.join(FORMATS)}, or 64 hex digits"),
         ):
             if not good:
                 raise ValueError(f"{key}: got {getattr(self, key)}; want {want}")
+
+
+def _is_kit(said: str) -> bool:
+    return said in ("", *FORMATS) or re.fullmatch(r"[0-9a-f]{64}", said) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +124,10 @@ class Simulation:
     (unset: as many as memory and the processor have use for); workers: processes that share the base (unset: one for
     every four cores); devices: the kinds of device that clients are on. Where there are any, time is simulated:
     answers come when these would give them, and ``selection.deadline`` is in simulated seconds. hostile: clients that
-    attack the rule; they are not evaluated. losses: clients that vanish in the middle of a round.
+    attack the rule; they are not evaluated. losses: clients that vanish in the middle of a round. runtimes: what
+    clients train with, "torch" or "onnx", alone or with a format of the base ("torch nf4", "onnx int8"; else
+    ``model.quantise``), and the share of the clients that does, relative to one another; the seed says who. The base
+    is in memory once for each.
     """
 
     engine: Literal["cohort", "loop"] = "cohort"
@@ -124,9 +136,11 @@ class Simulation:
     devices: Mapping[str, Device] = field(default_factory=dict)
     hostile: Hostile | None = None
     losses: Losses | None = None
+    runtimes: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "devices", kinds(self.devices, "simulation.devices"))
+        object.__setattr__(self, "runtimes", check_shares(self.runtimes))
         for key in ("group", "workers"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise ValueError(f"{key}: got {value}; want at least 1, or leave it out")

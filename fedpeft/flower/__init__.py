@@ -12,6 +12,7 @@ from fedpeft.flower.identities import identities
 from fedpeft.flower.inprocess import InProcessGrid
 from fedpeft.flower.journal import Journal
 from fedpeft.flower.kept import its_own, under, with_own
+from fedpeft.flower.kits import KitMissingError
 from fedpeft.flower.losses import Losses
 from fedpeft.flower.member import Secure
 from fedpeft.flower.muster import muster
@@ -21,6 +22,8 @@ from fedpeft.flower.registry import Ledger, Registry
 from fedpeft.flower.requests import Part
 from fedpeft.flower.secure import drive_secure, retried
 from fedpeft.flower.serve import serve
+from fedpeft.flower.shelf import Shelf
+from fedpeft.flower.shipping import Shipping
 from fedpeft.flower.store import ClientStore
 from fedpeft.flower.vault import Vault
 from fedpeft.flower.versions import Versions
@@ -36,6 +39,7 @@ __all__ = [
     "Grid",
     "InProcessGrid",
     "Journal",
+    "KitMissingError",
     "Ledger",
     "Leg",
     "Losses",
@@ -44,6 +48,8 @@ __all__ = [
     "Participant",
     "Registry",
     "Secure",
+    "Shelf",
+    "Shipping",
     "Terms",
     "Traffic",
     "Vault",

@@ -4,56 +4,69 @@ Nothing here imports torch: that is left to ``build``, when a message has come.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TypeAlias
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.errors import ConfigError
 from fedpeft.flower.answers import pack_refusal
 from fedpeft.flower.inprocess import Alike, InProcessGrid, NodeConfig
+from fedpeft.flower.kits import KIT_QUERY, KitMissingError, pack_lack
 from fedpeft.flower.losses import Losses, losing
 from fedpeft.flower.participant import Participant, refusal_of
 from fedpeft.flower.requests import settings_of
 from fedpeft.flower.secret import said_of
 from fedpeft.flower.serve import serve
+from fedpeft.flower.shelf import Shelf, answer_kit
 from fedpeft.flower.vault import Vault
 
 Build: TypeAlias = Callable[[str, NodeConfig], Participant]
+ShelfOf: TypeAlias = Callable[[NodeConfig], Shelf]
 CLIENT_KEYS = ("partition-id",)
 
 
-def client_app(build: Build) -> ClientApp:
+def _no_shelf(config: NodeConfig) -> Shelf:
+    raise ConfigError("node-config: this node takes no kit; want runtime='onnx'")
+
+
+def client_app(build: Build, shelf: ShelfOf = _no_shelf) -> ClientApp:
     """A ClientApp whose node serves the client that its config's ``partition-id`` names.
 
     build: makes a participant from a message's settings (JSON) and the node's config, without its
     ``partition-id`` unless the node has ``data`` of its own. It is called once for each settings in a
     process, so the base model stays loaded. It must be importable by name, because Flower's simulation
-    runtime pickles the app.
+    runtime pickles the app. shelf: where a node of this config puts kits that the coordinator sends, once ``build``
+    has raised KitMissingError.
     """
     app = ClientApp()
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        return _answer(build, message, context)
+        return _answer(build, shelf, message, context)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(build, message, context)
+        return _answer(build, shelf, message, context)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return _answer(build, message, context)
+        return _answer(build, shelf, message, context)
+
+    @app.query(KIT_QUERY.partition(".")[2])
+    def query_kit(message: Message, context: Context) -> Message:
+        return _answer(build, shelf, message, context)
 
     @app.query("secure")
     def query_secure(message: Message, context: Context) -> Message:
-        return _answer(build, message, context)
+        return _answer(build, shelf, message, context)
 
     @app.train("secure")
     def train_secure(message: Message, context: Context) -> Message:
-        return _answer(build, message, context)
+        return _answer(build, shelf, message, context)
 
     return app
 
@@ -70,30 +83,44 @@ def server_app(main: Callable[[Grid, Mapping[str, bool | int | float | str]], No
 
 
 def in_process(
-    build: Build, clients: int, config: NodeConfig | None = None, losses: Losses | None = None
+    build: Build,
+    clients: int,
+    config: NodeConfig | None = None,
+    losses: Losses | None = None,
+    shelf: ShelfOf = _no_shelf,
 ) -> InProcessGrid:
     """A grid of clients 0 to ``clients`` - 1 in this process, served by the same code as deployed ones.
 
-    config: what all nodes have in their configs beside their number; losses: who vanishes in a round.
+    config: what all nodes have in their configs beside their number; losses: who vanishes in a round; shelf: see
+    ``client_app``.
     """
     vault = Vault()
 
     def handle(messages: Sequence[Message], nodes: Mapping[int, NodeConfig]) -> Iterator[Message]:
-        return answer(build, messages, nodes, vault)
+        return answer(build, messages, nodes, vault, shelf)
 
     return InProcessGrid(handle if losses is None else losing(handle, losses.is_lost), Alike(config or {}, clients))
 
 
 def answer(
-    build: Build, messages: Sequence[Message], nodes: Mapping[int, NodeConfig], vault: Vault | None = None
+    build: Build,
+    messages: Sequence[Message],
+    nodes: Mapping[int, NodeConfig],
+    vault: Vault | None = None,
+    shelf: ShelfOf = _no_shelf,
 ) -> Iterator[Message]:
     """Replies to messages to nodes of these configs, in order; those of one config and settings share a participant.
 
-    vault: what these clients keep of secure sessions between their messages.
+    vault: what these clients keep of secure sessions between their messages; shelf: see ``client_app``.
     """
     start = 0
     while start < len(messages):
         try:
+            if messages[start].metadata.message_type == KIT_QUERY:
+                here = shelf(nodes[messages[start].metadata.dst_node_id])
+                yield Message(answer_kit(here, messages[start].content), reply_to=messages[start])
+                start += 1
+                continue
             settings = settings_of(messages[start].content)
             stop = start + 1
             config = _shared(nodes[messages[start].metadata.dst_node_id])
@@ -104,6 +131,10 @@ def answer(
             ):
                 stop += 1
             participant = _participant(build, settings, config)
+        except KitMissingError as missing:
+            yield Message(_lack(missing, shelf, nodes[messages[start].metadata.dst_node_id]), reply_to=messages[start])
+            start += 1
+            continue
         except Exception as error:
             is_secure = messages[start].metadata.message_type.endswith(".secure")
             refusal = said_of(error) if is_secure else refusal_of(error)
@@ -125,10 +156,18 @@ def client_of(config: NodeConfig) -> int:
     return client
 
 
-def _answer(build: Build, message: Message, context: Context) -> Message:
+def _lack(missing: KitMissingError, shelf: ShelfOf, config: NodeConfig) -> RecordDict:
+    """What a node answers that lacks the run's kit."""
+    try:
+        return pack_lack(replace(shelf(config).lacks(missing.digest), has=missing.has))
+    except Exception as error:
+        return pack_refusal(refusal_of(error))
+
+
+def _answer(build: Build, shelf: ShelfOf, message: Message, context: Context) -> Message:
     """Not a closure, so that it is pickled by name and this module's cache lives in the process that runs it."""
     config = {message.metadata.dst_node_id: context.node_config}
-    return next(answer(build, [message], config, Vault.within(context.state)))
+    return next(answer(build, [message], config, Vault.within(context.state), shelf))
 
 
 def _shared(config: NodeConfig) -> tuple[tuple[str, bool | int | float | str], ...]:

@@ -12,6 +12,7 @@ from fedpeft.channel import Codec, Coding
 from fedpeft.flower.arrivals import Arrivals
 from fedpeft.flower.post import Letter, Traffic
 from fedpeft.flower.registry import Registry
+from fedpeft.flower.shipping import Shipping
 from fedpeft.flower.versions import Versions
 from fedpeft.rounds import WHOLE
 from fedpeft.rules import Rule
@@ -145,6 +146,10 @@ class Fleet:
     def coding(self, layout: Layout) -> Coding | None:
         """How answers of this layout are coded; None where they are not."""
         return None if self.up is None else Coding(self.up, layout)
+
+    def beside(self) -> Traffic:
+        """What was sent and came beside rounds since this was last asked: a kit, to devices that lack it."""
+        return self.grid.take_traffic() if isinstance(self.grid, Shipping) else Traffic()
 
     def found(self, letter: Letter) -> None:
         """A client has answered this letter, and so it holds what that brought."""

@@ -59,6 +59,7 @@ def ready(participant: Participant, client: int, request: Request) -> Ready:
         request.broadcast.tail,
         under(state or {}, "kept/"),
         participant.rule.objective(task, start, own),
+        participant.rule.pool,
     )
     return Ready(client, task, job, state)
 

@@ -48,6 +48,8 @@ def its_own(trained: Adapter, kept: Mapping[str, Tensor], names: frozenset[str])
 def remember(update: Update, metrics: Metrics) -> dict[str, Tensor]:
     """An update and its metrics as tensors, for what is sent of it later in its round; not what is fixed."""
     tensors: dict[str, Tensor] = {"update/metrics": metrics.vector(), "update/travel": np.array(update.travel)}
+    if update.moves is not None:
+        tensors["update/moves"] = update.moves
     for name, adapter in (("received", update.received), ("trained", update.trained)):
         tensors |= {f"update/{name}/tensors/{n}": x for n, x in adapter.tensors().items()}
         tensors |= {f"update/{name}/scale/{n}": np.array(x.scale, np.float64) for n, x in adapter.layers.items()}
@@ -65,4 +67,4 @@ def recall(state: Mapping[str, Tensor] | None) -> tuple[Update, Metrics] | None:
         layers = {n: LowRank(tensors.pop(f"{n}/a"), tensors.pop(f"{n}/b"), float(x)) for n, x in scales.items()}
         adapters.append(Adapter(layers, tensors))
     travel = float(state.get("update/travel", np.array(1.0)))  # which states from before it was kept do not have
-    return Update(adapters[0], adapters[1], travel), Metrics.of(state["update/metrics"])
+    return Update(adapters[0], adapters[1], travel, state.get("update/moves")), Metrics.of(state["update/metrics"])

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from flwr.serverapp import Grid
 
@@ -16,6 +17,7 @@ from fedpeft.flower.inprocess import InProcessGrid
 from fedpeft.flower.post import Letter, Post
 from fedpeft.flower.registry import Registry
 from fedpeft.flower.requests import Query, pack_query
+from fedpeft.flower.shipping import Shipping
 from fedpeft.rules import Rule
 
 _TRIES = 3
@@ -33,6 +35,7 @@ def muster(
     patience: float | None = None,
     registry: Registry | None = None,
     identified: bool = False,
+    least: int = 1,
 ) -> Fleet:
     """Wait for this many nodes, ask what they can do, and keep those that share one base.
 
@@ -42,13 +45,16 @@ def muster(
     same client number. deadline: seconds to wait for the nodes; patience: seconds to wait for their answers, which may
     take loading a model (the same if not given); registry: a temporary one if not given; identified: leave out who has
     no identity for secure aggregation. Of two nodes with one identity the client with the lower number takes part.
+    least: with fewer who can take part than this, those are waited for, however long it takes, to whom a kit is on its
+    way.
     """
     until = clock() + deadline
     while len(found := _sized(grid)) < clients and clock() < until:
         sleep(0.5)
     registry = Registry() if registry is None else registry
     asking = _Asking(
-        grid, settings, clients, deadline if patience is None else patience, Post(grid, "query", "query", clock, sleep)
+        *(grid, settings, clients, deadline if patience is None else patience),
+        *(Post(grid, "query", "query", clock, sleep), clock, least),
     )
     if isinstance(grid, InProcessGrid) and grid.is_alike:
         one = asking.first(found, want_start)
@@ -86,13 +92,18 @@ def _sized(grid: Grid) -> Sequence[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Asking:
-    """The first questions to the nodes. patience: seconds to wait for an answer."""
+    """The first questions to the nodes.
+
+    patience: seconds to wait for an answer; least: answers to wait for while a kit is on its way.
+    """
 
     grid: Grid
     settings: str
     clients: int
     patience: float
     post: Post
+    clock: Clock
+    least: int
 
     def first(self, nodes: Sequence[int], want_start: bool) -> Capabilities:
         """The answer of the first of the nodes, or of one soon after it, who is client 0 if it has a start to give."""
@@ -127,7 +138,13 @@ class _Asking:
         refused = [f"node {node}: the message could not be sent" for node in self.post.push(letters, self.patience)]
         silent = set(nodes)
         answers: dict[int, Capabilities] = {}
-        for reply in self.post.replies(self.patience, lambda: False):
+        until = self.clock() + self.patience
+
+        def is_settled() -> bool:
+            is_served = isinstance(self.grid, Shipping) and self.grid.is_serving and len(answers) < self.least
+            return self.clock() >= until and not is_served
+
+        for reply in self.post.replies(inf if isinstance(self.grid, Shipping) else self.patience, is_settled):
             silent.discard(reply.letter.node)
             try:
                 answers[reply.letter.node] = unpack_capabilities(content_of(reply.content))

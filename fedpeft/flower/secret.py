@@ -231,7 +231,7 @@ class _Plan:
         if isinstance(result, Done) and not _is_finite(result):  # now, while it costs the others nothing
             why = "what it has trained is NaN or infinite"
         elif isinstance(result, Done) and plan.job is not None and self.request is not None:
-            update = Update(plan.job.start, result.trained, result.travel)
+            update = Update(plan.job.start, result.trained, result.travel, result.moves)
             state = to_keep(self.participant, plan, update, result) | to_recall(update, result.metrics, self.request)
             self.participant.store.save(self.client, plan.task.round, state)
             return

@@ -134,7 +134,7 @@ def _term(participant: Participant, plan: Ready, result: Done | Failed | None) -
             )
         update, metrics = past
     else:
-        update, metrics = Update(plan.job.start, result.trained, result.travel), result.metrics
+        update, metrics = Update(plan.job.start, result.trained, result.travel, result.moves), result.metrics
     weight = participant.weighting.weight(participant.examples(plan.client).train)
     vector = contribute(rule, participant.channel, update, weight, metrics, task, participant.exactness)
     small, left = coded(participant, plan.client, task, update.received, vector, plan.state or {})

@@ -1,17 +1,25 @@
-"""Layers in core form on the wire: their cores, and which directions these are between; the directions travel once."""
+"""Adapters that are told by few numbers, on the wire: those alone. What the others follow from travels once.
+
+Of layers in core form, their cores, and which directions these are between; of a walk, its moves since the start.
+"""
 
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.adapters import Adapter, Basis, LowRank, Spec, bases
+from fedpeft.adapters import MOVES, Adapter, Basis, LowRank, Spec, bases, retraced, walk_of
 from fedpeft.errors import ProtocolError
 from fedpeft.flower.packing import Tensor
 
 
 def narrowed(adapter: Adapter) -> dict[str, Tensor]:
-    """``adapter.tensors()``, with "layer/core" and "layer/at" in place of the factors of layers in core form."""
+    """``adapter.tensors()``, with "layer/core" and "layer/at" in place of the factors of layers in core form.
+
+    Of a walk, its moves in place of them all.
+    """
+    if (moves := walk_of(adapter)) is not None:
+        return {MOVES: moves}
     tensors: dict[str, Tensor] = dict(adapter.tensors())
     for name, basis in bases(adapter).items():
         _narrow(tensors, name, adapter.layers[name], basis)
@@ -36,8 +44,16 @@ def narrowed_tail(tail: Mapping[str, LowRank], adapter: Adapter) -> dict[str, Te
 def widen(spec: Spec, tensors: dict[str, Tensor], fixed: dict[str, Tensor], is_adapter: bool) -> None:
     """Put factors in place of cores: the inverse, by ``fixed``, of what ``narrowed`` and ``narrowed_tail`` do.
 
-    is_adapter: put "layer/at" into ``fixed``, where it belongs. Raises ProtocolError for cores that don't fit.
+    is_adapter: put "layer/at" and moves into ``fixed``, where they belong. Raises ProtocolError for what doesn't fit.
     """
+    if is_adapter and (moves := tensors.pop(MOVES, None)) is not None:
+        if tensors:
+            raise ProtocolError(f"{MOVES} came with {min(tensors)[:80]!r}; want the one or the other")
+        fixed[MOVES] = moves
+        try:
+            tensors |= retraced(fixed, moves)
+        except (KeyError, ValueError, TypeError) as error:
+            raise ProtocolError(f"{MOVES} does not fit the start that was sent: {error}") from error
     for layer in spec.layers:
         core, at = (tensors.pop(f"{layer.name}/{part}", None) for part in ("core", "at"))
         if core is None or at is None:

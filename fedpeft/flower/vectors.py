@@ -131,7 +131,7 @@ class OwnVectors(Vectors):
         spec = read.spec_of(json.loads(_text(state, "spec")), "spec")
         task = Task(spec, round, 0, under(state, "update/shared/"))
         before, after = (replace(x, fixed=fixed) for x in (update.received, update.trained))
-        return Update(before, after, update.travel), metrics, task
+        return Update(before, after, update.travel, update.moves), metrics, task
 
 
 def to_recall(update: Update, metrics: Metrics, request: Request) -> dict[str, Tensor]:

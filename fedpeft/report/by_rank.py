@@ -1,6 +1,10 @@
-"""Clients of different ranks side by side, and who was hostile."""
+"""Clients of different kinds side by side: of ranks, of runtimes, and the hostile ones."""
 
 from collections.abc import Mapping
+from html import escape
+from typing import TypeVar
+
+import numpy as np
 
 from fedpeft.report.history import History
 from fedpeft.report.plots import last_clients
@@ -9,27 +13,42 @@ from fedpeft.report.summary import Standing, setting, standing
 
 _MOST_NAMED = 20
 
+_Kind = TypeVar("_Kind", int, str)
+
 
 def ranks(h: History) -> str:
     """A table of the clients by rank: how many, and how they fare at the end; HTML, or "" where they don't differ."""
-    each = {client: x.rank for client, x in h.run.clients.items() if x.rank is not None and not x.hostile}
+    each = {client: x.rank for client, x in h.run.clients.items() if x.rank is not None}
+    return _table(h, "rank", each, "at its own rank")
+
+
+def runtimes(h: History) -> str:
+    """A table of the clients by what they train with, as ``ranks``."""
+    each = {client: x.runtime for client, x in h.run.clients.items() if x.runtime}
+    return _table(h, "runtime", each, "on its own runtime")
+
+
+def _table(h: History, kind: str, all: Mapping[int, _Kind], where: str) -> str:
+    each = {client: x for client, x in all.items() if not h.run.clients[client].hostile}
     if len(set(each.values())) < 2:
         return ""
     ends = last_clients(h)
     others = any(x.hostile for x in h.run.clients.values())
     alone = h.baselines["local"].clients if "local" in h.baselines else {}
     rows = []
-    for rank in sorted(set(each.values())):
-        mine = frozenset(client for client, x in each.items() if x == rank)
+    for name in sorted(set(each.values())):
+        mine = frozenset(client for client, x in each.items() if x == name)
         told, by_itself = _of(ends, mine), _of(alone, mine)
-        cells = [_share(told.mean), _share(told.worst), *([_share(by_itself.mean)] if alone else [])]
-        row = "".join(f'<td class="n">{x}</td>' for x in (f"{len(mine):,}", *cells))
-        rows.append(f'<tr><th scope="row" class="n">{rank}</th>{row}</tr>')
-    heads = ["Rank", "Clients", "Mean client", "Worst tenth", *(["Mean client alone"] if alone else [])]
+        cells = [f"{len(mine):,}", _share(told.mean), _share(told.worst), _loss(ends, mine)]
+        cells += [_share(by_itself.mean)] if alone else []
+        row = "".join(f'<td class="n">{x}</td>' for x in cells)
+        rows.append(f'<tr><th scope="row" class="n">{escape(str(name))}</th>{row}</tr>')
+    heads = [kind.title(), "Clients", "Mean client", "Worst tenth", "Mean loss"]
+    heads += ["Mean client alone"] if alone else []
     head = "".join(f'<th class="n">{x}</th>' for x in heads)
     return (
-        f"<h2>Clients by rank</h2><p>Accuracy on the clients’ own rows{', of the honest ones' if others else ''}"
-        f"{'; alone: each trains by itself, at its own rank' if alone else ''}.</p>"
+        f"<h2>Clients by {kind}</h2><p>Accuracy on the clients’ own rows{', of the honest ones' if others else ''}"
+        f"{f'; alone: each trains by itself, {where}' if alone else ''}.</p>"
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
@@ -54,6 +73,12 @@ def hostile(h: History) -> str:
 
 def _of(scores: Mapping[int, Score], clients: frozenset[int]) -> Standing:
     return standing("", "", None, {client: x for client, x in scores.items() if client in clients})
+
+
+def _loss(scores: Mapping[int, Score], clients: frozenset[int]) -> str:
+    """The mean of their losses, each counting the same."""
+    found = [x.loss for client, x in scores.items() if client in clients and x.loss is not None]
+    return f"{np.mean(found):.3f}" if found else "–"
 
 
 def _share(x: float | None) -> str:

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from fedpeft.report import recipe
-from fedpeft.report.by_rank import hostile, ranks
+from fedpeft.report.by_rank import hostile, ranks, runtimes
 from fedpeft.report.costs import amount, timeline, traffic
 from fedpeft.report.files import write_whole
 from fedpeft.report.history import History, history
@@ -58,6 +58,7 @@ def page(h: History) -> str:
         _section("How the clients fare, by round", spread(h), _SPREAD_NOTE),
         _section("Each client at the end", clients(h), _clients_note(h)),
         ranks(h),
+        runtimes(h),
         _section("How exact the aggregation was", errors(h), escape(meaning(h))),
         _section("Bytes sent", traffic(h), _traffic_note(h)),
         _section("Timeline", schedule(h) or timeline(h), _devices_note(h) or _timeline_note(h)),

@@ -13,7 +13,7 @@ class ClientData:
     """What one client holds: training rows, and how many of each label (empty where there are no labels).
 
     device: the kind that it is on, in virtual time; rank: where the experiment gives it one for the whole run; hostile:
-    whether it was made to attack.
+    whether it was made to attack; runtime: what it trains with, where clients differ in that.
     """
 
     examples: int = 0
@@ -21,11 +21,13 @@ class ClientData:
     device: str = ""
     rank: int | None = None
     hostile: bool = False
+    runtime: str = ""
 
     @classmethod
     def read(cls, x: Fields) -> Self:
         labels = {k: v or 0 for k, v in x.section("labels").wholes().items()}
-        return cls(x.whole("examples") or 0, labels, x.text("device"), x.whole("rank"), x.claim("hostile"))
+        rank, hostile = x.whole("rank"), x.claim("hostile")
+        return cls(x.whole("examples") or 0, labels, x.text("device"), rank, hostile, x.text("runtime"))
 
     def json(self) -> dict[str, Json]:
         return {
@@ -34,4 +36,5 @@ class ClientData:
             **({"device": self.device} if self.device else {}),
             **({"rank": self.rank} if self.rank is not None else {}),
             **({"hostile": True} if self.hostile else {}),
+            **({"runtime": self.runtime} if self.runtime else {}),
         }

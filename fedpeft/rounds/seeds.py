@@ -17,6 +17,7 @@ _PURPOSES = (
     "personal",
     "lost",
     "code",
+    "runtime",
 )
 
 
@@ -24,7 +25,7 @@ def derive(seed: int, purpose: str, *path: int) -> int:
     """A seed of 63 bits for one purpose at one place (say a round and a client), independent of all others.
 
     purpose: one of "select", "train", "split", "start", "partition", "baseline", "device", "evaluate", "rank", "order",
-    "hostile", "personal", "lost", "code".
+    "hostile", "personal", "lost", "code", "runtime".
     It is the start of SHA-256 over "seed/purpose/path", so it stays the same from version to version.
     (numpy's SeedSequence takes [1, 2] and [1, 2, 0] for one seed, and 2**32 for [0, 1].)
     """

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fedpeft.adapters import Adapter, LowRank, Tensors
+from fedpeft.adapters import Adapter, Array, LowRank, Pool, Tensors
 from fedpeft.rounds.metrics import Metrics
 from fedpeft.rules import PLAIN, Objective
 
@@ -17,7 +17,8 @@ class Job:
     parts already in place; trains: the factors to train ("a", "b", "ab"; dense leaves always), or, of layers in core
     form, "core" or "heads", as ``Rule.trains`` says them;
     tail: low-rank layers to run beside it, frozen; kept: what the trainer left last time; objective: what is added
-    to the loss, and no trainer may leave out.
+    to the loss, and no trainer may leave out; pool: directions to walk along by forward passes alone
+    (``training.forward_only``), None to train by gradients.
     """
 
     client: int
@@ -28,19 +29,22 @@ class Job:
     tail: Mapping[str, LowRank] = field(default_factory=dict)
     kept: Tensors = field(default_factory=dict)
     objective: Objective = PLAIN
+    pool: Pool | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Done:
     """A job that went well: the trained adapter (same spec as the start), its metrics, what to keep.
 
-    travel: as in ``Update``, by the steps that were taken: 0 if they were not along gradients.
+    travel, moves: as in ``Update``, by the steps that were taken: 0 if they were not along gradients, and None unless
+    they were along the job's pool.
     """
 
     trained: Adapter
     metrics: Metrics
     kept: Tensors = field(default_factory=dict)
     travel: float = 0.0
+    moves: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

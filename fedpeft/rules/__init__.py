@@ -1,9 +1,11 @@
 """What is averaged: one file a rule, or a family of rules that differ in a field."""
 
+from fedpeft.adapters import Pool
 from fedpeft.rules.base import Broadcast, ListRule, MeanRule, Rule, ServerState, Task
 from fedpeft.rules.each import FactorList
 from fedpeft.rules.factors import FactorMean
 from fedpeft.rules.fedex import FedEx
+from fedpeft.rules.fedkseed import FedKSeed
 from fedpeft.rules.fedrot import FedRot
 from fedpeft.rules.fedsb import FedSB
 from fedpeft.rules.fedsvd import FedSVD
@@ -35,6 +37,7 @@ __all__ = [
     "FactorList",
     "FactorMean",
     "FedEx",
+    "FedKSeed",
     "FedRot",
     "FedSB",
     "FedSVD",
@@ -50,6 +53,7 @@ __all__ = [
     "Objective",
     "PersonalList",
     "PersonalMean",
+    "Pool",
     "Ravan",
     "Rule",
     "Scaffold",

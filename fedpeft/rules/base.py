@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from fedpeft.adapters import Adapter, Layout, LowRank, Spec, Tensors, Update
+from fedpeft.adapters import Adapter, Layout, LowRank, Pool, Spec, Tensors, Update
 from fedpeft.rules.objective import PLAIN, Objective
 
 
@@ -106,6 +106,11 @@ class Rule(ABC):
     def needs_sgd(self) -> bool:
         """Whether clients must step along their gradients, so that an optimiser that rescales them can't be used."""
         return False
+
+    @property
+    def pool(self) -> Pool | None:
+        """The directions that clients walk along by forward passes alone; None where they train by gradients."""
+        return None
 
     def objective(self, task: Task, start: Adapter, own: Tensors) -> Objective:
         """What a client adds to its loss. start: the adapter that it trains; own: what it kept by this rule."""

@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from typing_extensions import override
 
-from fedpeft.adapters import Adapter, Layout, Spec, Tensors, Update
+from fedpeft.adapters import Adapter, Layout, Pool, Spec, Tensors, Update
 from fedpeft.errors import ConfigError
 from fedpeft.rules.base import Broadcast, ListRule, MeanRule, Rule, ServerState, Task
 from fedpeft.rules.factors import FactorMean
@@ -31,10 +31,16 @@ def personal(rule: MeanRule | ListRule, tensors: tuple[str, ...]) -> MeanRule | 
     """The rule, with the tensors of these names kept on the client; the rule itself where there are none.
 
     A name may hold ``*``, ``?`` and ``[abc]``, and is compared with a tensor's whole name ("layer/a", "layer/b", dense
-    leaves as they are) and with what follows any dot in it.
+    leaves as they are) and with what follows any dot in it. Raises ConfigError for a rule whose clients walk along a
+    pool's directions, each of which moves all tensors.
     """
     if not tensors:
         return rule
+    if rule.pool is not None:
+        raise ConfigError(
+            f"personal.tensors: got {', '.join(tensors)}, and clients that train by forward passes alone move all "
+            f"tensors along common directions; leave it out, or use fedit"
+        )
     return PersonalMean(rule, tensors) if isinstance(rule, MeanRule) else PersonalList(rule, tensors)
 
 
@@ -77,6 +83,11 @@ class Hiding(Rule):
     @override
     def hides_ranks(self) -> bool:
         return self.rule.hides_ranks
+
+    @property
+    @override
+    def pool(self) -> Pool | None:
+        return self.rule.pool
 
     @property
     @override

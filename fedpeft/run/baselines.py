@@ -71,7 +71,7 @@ def _base(found: Experiment, workshop: Workshop, start: Adapter, view: View) -> 
 def _local(found: Experiment, workshop: Workshop, start: Adapter, view: View) -> BaselineRecord:
     """Every client trains alone, at its own rank; central is the mean over the clients that could."""
     clients = _clients(found, workshop)
-    trainer = workshop.trainer.over(workshop.federation, alone(found, workshop.federation.clients))
+    trainer = workshop.fleet.over(workshop.federation, alone(found, workshop.federation.clients))
     view.work("clients alone", len(clients))
     own: dict[int, Metrics] = {}
     central: list[Metrics] = []
@@ -90,7 +90,7 @@ def _local(found: Experiment, workshop: Workshop, start: Adapter, view: View) ->
 
 
 def _central(found: Experiment, workshop: Workshop, start: Adapter, view: View) -> BaselineRecord:
-    """One client holds all rows."""
+    """One client holds all rows, on torch; each client's own rows are evaluated on its own runtime."""
     whole = workshop.federation
     rows = (whole.union("train"),)
     none = (rows[0][:0],)
@@ -128,13 +128,13 @@ def _has_central(found: Experiment, workshop: Workshop) -> bool:
 def _central_score(found: Experiment, workshop: Workshop, adapter: Adapter, view: View) -> Score | None:
     if not _has_central(found, workshop):
         return None
-    metrics = _score(workshop.trainer, Trial(None, "test", adapter), view)
+    metrics = _score(workshop.fleet, Trial(None, "test", adapter), view)
     view.advance()
     return Score.of(metrics) if metrics.units else None
 
 
 def _own(workshop: Workshop, client: int, adapter: Adapter, view: View) -> Metrics:
-    metrics = _score(workshop.trainer, Trial(client, "test", adapter), view)
+    metrics = _score(workshop.fleet, Trial(client, "test", adapter), view)
     view.advance()
     return metrics
 

@@ -23,6 +23,8 @@ def check_compression(found: Experiment, spec: Spec) -> None:
     tasks = [Task(spec, round, pass_) for round in range(_ROUNDS) for pass_ in range(rule.passes)]
     shapes = dict((spec.factors("ab") + spec.leaves).shapes)
     down = {n: x for n, x in shapes.items() if n not in rule.constant(spec) | rule.personal(spec)}
+    if rule.pool is not None:  # then moves are all that travels
+        down = dict(rule.layout(tasks[0]).shapes)
     for key, value, codec, each in (
         ("up", terms.up, terms.codec_up, [x for task in tasks for x in dict(rule.layout(task).shapes).values()]),
         ("down", terms.down, terms.codec_down, list(down.values())),

@@ -74,6 +74,7 @@ class Coordinator:
         fleet = muster(
             *(grid, found.rule, found.settings_json, clients, found.fleet.wait, True, clock, sleep, patience, registry),
             identified=self.sessions is not None,
+            least=found.selection.least(clients),
         )
         for why in fleet.refused:
             self.view.note(why)
@@ -137,7 +138,7 @@ class Coordinator:
         for news in fleet.meet(least, found.fleet.wait):
             self.view.note(news)
         did = self._train(fleet, state) if flow is None else self._fill(flow, state)
-        trained = time.monotonic() - began
+        did, trained = replace(did, traffic=did.traffic.then(fleet.beside(), 0.0)), time.monotonic() - began
         survivors = did.outcome.survivors if did.outcome else ()
         fleet.registry.record(number - 1, did.asked, survivors, {c for c, _ in did.refused}, did.traffic.each)
         state, refused, outcome = settled(did.state), did.refused, did.outcome

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedpeft.config import Experiment, read
 from fedpeft.errors import ConfigError
-from fedpeft.flower import Grid
+from fedpeft.flower import Grid, Shipping
 from fedpeft.flower.helper import helper_call
 from fedpeft.report import write_report
 from fedpeft.run.coordinate import Coordinator
@@ -14,6 +14,7 @@ from fedpeft.run.keys import read_roster
 from fedpeft.run.node import Scalar, without_data, workshop
 from fedpeft.run.ranks import check_clients
 from fedpeft.run.secure import DEPLOYED, Sessions
+from fedpeft.run.shipped import to_send, with_kit
 from fedpeft.run.simulate import finish, opened, record
 from fedpeft.run.view import Lines
 from fedpeft.secagg import Protocol, TwoServer
@@ -23,7 +24,8 @@ def serve_run(grid: Grid, run_config: Mapping[str, Scalar], root: Path = Path())
     """Run the experiment that the run config names, over this grid, into a run folder.
 
     run_config: "experiment", a TOML file; "changes", "key=value" pairs separated by ";"; "folder", where
-    the run is kept (runs/NAME if not given); for secure aggregation "roster", the clients' signed roster, and for two
+    the run is kept (runs/NAME if not given); "kit", the folder that devices without torch train from, where it is not
+    to be made here (fleet.kit); for secure aggregation "roster", the clients' signed roster, and for two
     servers "helper", where the second one is, as host:port, and "helper-certificate", a file with the certificate of
     its authority. root: where a relative "experiment" begins. A folder with a run in it goes on from its last
     checkpoint.
@@ -37,15 +39,24 @@ def serve_run(grid: Grid, run_config: Mapping[str, Scalar], root: Path = Path())
         raise ConfigError(
             "simulation.hostile: is for `fedpeft run`, and these clients are nobody's to make hostile; leave it out"
         )
+    if found.simulation.runtimes:
+        raise ConfigError(
+            "simulation.runtimes: is for `fedpeft run`: each real client says in its node config what it trains with "
+            "(runtime, quantise); leave it out"
+        )
     folder, found = opened(found, path, fresh=False, force=False, carried_by="flower")
     with folder.held():
-        sessions = _sessions(found, run_config)
         here = None if found.fleet.own_data else workshop(found.settings_json)
         clients = found.fleet.nodes if here is None else here.federation.clients
         assert clients is not None  # config refuses own_data without fleet.nodes
         check_clients(found, clients, DEPLOYED)
+        view = Lines()
+        if (kit := to_send(found, here or without_data(found), run_config)) is not None:
+            grid = Shipping(grid, kit, view.note)
+            found = with_kit(found, grid.digest)
+        sessions = _sessions(found, run_config)
         record(folder, found, here)
-        Coordinator(found, folder, Lines(), sessions=sessions).run(grid, clients)
+        Coordinator(found, folder, view, sessions=sessions).run(grid, clients)
         if find_spec("torch") is not None:
             finish(folder, here or without_data(found))
         else:

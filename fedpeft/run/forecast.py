@@ -19,6 +19,7 @@ from fedpeft.run.compression import bytes_of, bytes_up, check_compression
 from fedpeft.run.node import without_data, workshop
 from fedpeft.run.outlook import Outlook, outlook
 from fedpeft.run.ranks import Assigned, check_clients, check_holders, check_spec
+from fedpeft.run.runtimes import by_runtime, others
 from fedpeft.run.secure import DEPLOYED, check_ranks, secrecy
 from fedpeft.run.virtual import assigned
 
@@ -34,8 +35,8 @@ class Forecast:
     sample where clients are very many; parameters: trained, and the base's; bytes: of one client and round up and
     down, and once; memory: of the process at its peak, and the machine's that is free, in bytes; together: clients
     trained in one step, and refusal: why not more; outlook: of a run in simulated time; ranks: (rank, clients) of what
-    clients train, where they differ, of ``told`` clients. Where each node has data of its own there are no rows to
-    tell of, and ranks that nodes say are not known.
+    clients train, and runtimes: (runtime, clients) of what they train with, where they differ, of ``told`` clients.
+    Where each node has data of its own there are no rows to tell of, and ranks that nodes say are not known.
     """
 
     clients: int
@@ -55,6 +56,7 @@ class Forecast:
     refusal: str = ""
     outlook: Outlook | None = None
     ranks: tuple[tuple[int, int], ...] = ()
+    runtimes: tuple[tuple[str, int], ...] = ()
     told: int = 0
     secrecy: tuple[tuple[str, str], ...] = ()
 
@@ -85,7 +87,7 @@ def forecast(found: Experiment) -> Forecast:
     That includes a run on the CPU whose memory, foretold within 30 %, is surely more than the machine has.
     """
     from fedpeft.training.environment import memory
-    from fedpeft.training.memory import estimate
+    from fedpeft.training.memory import estimate, parts
 
     own_data, settings = found.fleet.own_data, found.settings_json
     here = without_data(found) if own_data else workshop(settings)
@@ -112,11 +114,14 @@ def forecast(found: Experiment) -> Forecast:
     base = trainer.frozen
     trained = sum(x.size for x in start.tensors().values())
     cohort = found.selection.wanted(clients)
-    together = min(trainer.together, cohort)
+    together = min(trainer.together, cohort) if found.rule.pool is None else 1
     training = replace(
         trainer.training, batch=min([trainer.training.batch, *([max(sizes)] if sizes else [])]) * together
     )
     peak = estimate(base.model.config, base.parameters, start.spec, training, base.quantise)
+    for other in others(found):
+        more = parts(base.model.config, base.parameters, start.spec, found.training, other.quantise, other.engine)
+        peak += more.total if other.engine == "onnx" else more.base + more.adapter
     machine = memory()
     if trainer.place.device.type == "cpu" and peak * (1 - ROUGHLY) > machine["total"]:
         raise ConfigError(
@@ -142,6 +147,7 @@ def forecast(found: Experiment) -> Forecast:
         refusal=trainer.refusal,
         outlook=None if own_data or not found.simulation.devices else outlook(found, here, fetched),
         ranks=() if found.ranks.is_whole else tuple(sorted(Counter(ranks).items())),
+        runtimes=() if own_data else by_runtime(found, clients, some),
         told=len(ranks),
         secrecy=secrecy(found, cohort),
     )

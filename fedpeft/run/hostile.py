@@ -13,6 +13,8 @@ from fedpeft.rules import Rule
 from fedpeft.run.node import Scalar, workshop
 from fedpeft.run.node import participant as honest
 
+_MOVES = "moves"
+
 
 def is_hostile(found: Experiment, client: int, clients: int) -> bool:
     """Whether this one of so many clients is hostile, all through the run."""
@@ -59,17 +61,25 @@ class Attacker:
         return self.trainer.evaluate_many(trials)
 
     def _attack(self, job: Job, done: Done) -> Done:
-        terms = self.found.simulation.hostile
-        assert terms is not None, "nobody is hostile else"
+        if job.pool is not None and done.moves is not None:
+            moves = self._lie(job, {_MOVES: done.moves})[_MOVES]
+            trained = job.start.put(job.pool.moved(job.start.tensors(), moves))
+            return replace(done, trained=trained, moves=moves)
         now, was = done.trained.tensors(), job.start.tensors()
         names = moved(job.start, done.trained, self.found.rule)
         change: dict[str, Array] = {n: np.subtract(now[n], was[n], dtype=np.float64) for n in names}
+        lie = {n: (was[n] + x).astype(was[n].dtype) for n, x in self._lie(job, change).items()}
+        return replace(done, trained=done.trained.put(lie))
+
+    def _lie(self, job: Job, change: dict[str, Array]) -> dict[str, Array]:
+        """What a hostile client says that it has done, in place of this."""
+        terms = self.found.simulation.hostile
+        assert terms is not None, "nobody is hostile else"
         if terms.attack == "noise":
             norm = float(np.sqrt(sum(np.sum(x**2) for x in change.values())))
             change = noise(change, norm, derive(job.seed, "hostile"))
         strength = terms.strength if terms.attack == "noise" else -terms.strength
-        lie = {n: (was[n] + strength * x).astype(was[n].dtype) for n, x in change.items()}
-        return replace(done, trained=done.trained.put(lie))
+        return {n: strength * x for n, x in change.items()}
 
 
 def moved(start: Adapter, trained: Adapter, rule: Rule) -> list[str]:

@@ -1,16 +1,24 @@
 """How much memory a client's training takes, by its rank, and the rank that fits."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fedpeft.errors import ConfigError
+from fedpeft.training.kit import CONFIG, Kit
+from fedpeft.training.memory import parts
+from fedpeft.training.predict import Sizes
+from fedpeft.training.settings import Training
 
 if TYPE_CHECKING:
     from fedpeft.training.loop import TorchTrainer
 
 
 class Needs:
-    """Bytes that training takes at its peak, as ``training.memory.estimate`` has it.
+    """Bytes that training takes at its peak in a device's own process, as ``training.memory.estimate`` has it.
 
     What a client of a low rank runs frozen is not counted: it has neither gradients nor moments.
     """
@@ -32,4 +40,30 @@ class Needs:
 
         trainer, base = self._trainer, self._trainer.frozen
         spec, training = trainer.start().cut(rank).spec, replace(trainer.training, batch=batch)
-        return estimate(base.model.config, base.parameters, spec, training, base.quantise)
+        return estimate(base.model.config, base.parameters, spec, training, base.quantise, sparing=True)
+
+
+def fitting_on_device(kit: Kit, training: Training, levels: Sequence[int], rows: int, memory: float) -> int:
+    """As ``Needs.fitting``, on onnxruntime from a kit: no torch is needed."""
+    config, spec = _Config(kit.folder / CONFIG), kit.spec
+    training = replace(training, batch=min(training.batch, max(rows, 1)), checkpointing=kit.facts.recompute)
+
+    def of(rank: int) -> int:
+        mine = replace(spec, layers=tuple(replace(x, rank=min(rank, x.rank)) for x in spec.layers))
+        parameters = Sizes.of(config.to_dict()).parameters
+        return parts(config, parameters, mine, training, kit.facts.quantise, "onnx").total
+
+    return max((x for x in levels if of(x) <= memory), default=min(levels))
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """A transformers configuration in a file. ConfigError for one that can't be read."""
+
+    file: Path
+
+    def to_dict(self) -> dict[str, object]:
+        try:
+            return dict(json.loads(self.file.read_text(encoding="utf8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"kit: {self.file} can't be read: {error}; export it anew") from error

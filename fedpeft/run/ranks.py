@@ -12,9 +12,10 @@ from fedpeft.data import Federation
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import WHOLE, Column, Memory, Ranks, bytes_in
 from fedpeft.rules import Krum, ListRule, MeanRule, Median, PersonalList, PersonalMean, TrimmedMean
-from fedpeft.run.needs import Needs
+from fedpeft.run.needs import Needs, fitting_on_device
 from fedpeft.secagg import Policy
 from fedpeft.training.environment import memory
+from fedpeft.training.kit import Kit
 
 if TYPE_CHECKING:
     from fedpeft.run.node import Workshop
@@ -52,7 +53,10 @@ def said_by_node(here: "Workshop", node_config: Mapping[str, bool | int | float 
         holds = bytes_in(node_config["memory"], "memory") if "memory" in node_config else float(memory()["total"])
     except ValueError as error:
         raise ConfigError(f"node-config: {error}") from None
-    return Needs(here.trainer).fitting(ranks.levels, here.counts(client).train, holds)
+    rows = here.counts(client).train
+    if here.own is not None and here.own.engine == "onnx" and here.own.kit is not None:
+        return fitting_on_device(Kit.open(here.own.kit, check=False), here.found.training, ranks.levels, rows, holds)
+    return Needs(here.trainer).fitting(ranks.levels, rows, holds)
 
 
 def rank_in(federation: Federation, client: int) -> int:

@@ -32,9 +32,11 @@ from fedpeft.rounds import Buffered
 from fedpeft.run.baselines import measure
 from fedpeft.run.coordinate import Coordinator
 from fedpeft.run.hostile import is_hostile, simulated
+from fedpeft.run.kits import kit_of, missing
 from fedpeft.run.node import Scalar, Workshop, without_data, workshop
 from fedpeft.run.panel import panel, sample
 from fedpeft.run.ranks import Assigned, check_clients, check_holders
+from fedpeft.run.runtimes import runtime_of
 from fedpeft.run.simulated import SIMULATED, losses, sessions
 from fedpeft.run.view import View
 from fedpeft.run.virtual import assigned, population, virtual_grid
@@ -71,6 +73,10 @@ def simulate(
         if here.trainer.refusal:
             method = found.adapter.method
             view.note(f"clients train one after another: {method} can't be for many at once: {here.trainer.refusal}")
+        for quantise in missing(here):
+            view.note(f"making the kit of clients on onnx ({quantise}), once: seconds to minutes")
+            kit_of(here, quantise, view.note)
+        assert here.fleet.base == here.trainer.base  # made now, so that what can't be is said here and not by clients
         if found.simulation.devices:
             time_grid = virtual_grid(found, here, path / "clients")
             start = Coordinator(_patient(found), folder, view, time_grid, said).run(time_grid, clients)
@@ -82,9 +88,12 @@ def simulate(
             start = Coordinator(patient, folder, view, said=said, sessions=secure).run(grid, clients)
         finish(folder, here)
         if baselines:
+            measured = False
             for baseline in measure(found, here, start, view, frozenset(history(path).baselines)):
                 folder.append(baseline)
-            write_report(path)
+                measured = True
+            if measured:
+                write_report(path)
     return path
 
 
@@ -170,7 +179,9 @@ def record(
             device = people.name(client) if people is not None else ""
             has_rank = ranks is not None and not found.ranks.is_whole and not found.ranks.changes
             rank = min(largest, ranks(client, 0)) if ranks is not None and has_rank else None
-            clients[client] = ClientData(row["train"], labels, device, rank, is_hostile(found, client, count))
+            runtime = str(runtime_of(found, client, count)) if found.simulation.runtimes else ""
+            hostile = is_hostile(found, client, count)
+            clients[client] = ClientData(row["train"], labels, device, rank, hostile, runtime)
     task = found.data.task if here is None else here.federation.table.task
     command = shlex.join(["fedpeft", *sys.argv[1:]])
     folder.append(
@@ -226,8 +237,8 @@ _FOLDERS = {"peft": "adapter", "merged": "merged", "onnx": "onnx", "gguf": "gguf
 def export_run(path: Path, to: str, out: Path | None) -> Path:
     """Write the adapter of a run as "peft", "merged", "onnx" or "gguf" into ``out``, or else into the run's folder.
 
-    All but peft are loaded again, and compared with the run's model, before this returns. ConfigError for what a
-    format can't express, or gets wrong.
+    Each is loaded again, and its logits compared with those of the run's model, before this returns. ConfigError for
+    what a format can't express, or gets wrong.
     """
     from fedpeft.training import export
 
@@ -249,5 +260,8 @@ def export_run(path: Path, to: str, out: Path | None) -> Path:
 
         export_gguf(bridge, target, state.tail)
     else:
+        from fedpeft.training.reload import reload_peft
+
         export.export_peft(bridge, target, tail=state.tail)
+        reload_peft(found.model, base, bridge, trainer.place, target, state.tail)
     return target

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fedpeft.adapters import CORES, Adapter, Array, LowRank, Update, bases
+from fedpeft.adapters import CORES, Adapter, Array, LowRank, Pool, Update, bases
 from fedpeft.channel import PlainChannel
 from fedpeft.rounds import ListRound, Metrics, Outcome, SumRound, contribute
 from fedpeft.rules import Broadcast, ListRule, MeanRule, Rule, ServerState, Task
@@ -48,6 +48,8 @@ def start(seed: int = 0, dtype: type = np.float64, round: int = 0, layers: Seque
 
 def train(rule: Rule, sent: Broadcast, rng: np.random.Generator) -> Update:
     """What a client does that moves at random all that this rule lets it train."""
+    if rule.pool is not None:
+        return _walk(rule.pool, sent, rng)
     trains = rule.trains(sent.task)
     mine = sent.adapter.tensors("" if trains in CORES else trains)
     moved = {n: (x + rng.normal(size=x.shape)).astype(x.dtype) for n, x in mine.items()}
@@ -55,6 +57,18 @@ def train(rule: Rule, sent: Broadcast, rng: np.random.Generator) -> Update:
         b, (heads, width) = sent.adapter.layers[name].b, basis.at.shape
         moved[f"{name}/b"] = (b + basis.b(rng.normal(size=(heads, width, width)))).astype(b.dtype)
     return Update(sent.adapter, sent.adapter.put(moved))
+
+
+_STEPS = 8
+"""Directions of a pool that a client goes along: as few as it would have steps for."""
+
+
+def _walk(pool: Pool, sent: Broadcast, rng: np.random.Generator) -> Update:
+    moves = np.zeros(pool.size)
+    some = rng.choice(pool.size, min(pool.size, _STEPS), replace=False)
+    moves[some] = rng.normal(size=len(some))
+    trained = sent.adapter.put(pool.moved(sent.adapter.tensors(), moves))
+    return Update(sent.adapter, trained, 0.0, moves)
 
 
 def cohort(rule: Rule, state: ServerState, ranks: Iterable[int] = (3, 3, 3), seed: int = 1) -> dict[int, Client]:

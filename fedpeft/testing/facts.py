@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from fedpeft.adapters import CORES, Adapter, Array, bases
+from fedpeft.adapters import CORES, Adapter, Array, bases, walk_of
 from fedpeft.channel import PlainChannel
 from fedpeft.rules import Broadcast, MeanRule, Rule, ServerState, Task
 from fedpeft.testing.cohorts import cohort, computed, drops_the_rest, in_each_pass, numbered, play, start
@@ -95,7 +95,9 @@ def _counts(rule: Rule, d: int, k: int, rank: int) -> tuple[list[str], Counts, l
 
 
 def _received(rule: Rule, sent: Broadcast, state: ServerState) -> int:
-    """Numbers that travel down, without constants; of layers in core form their cores, as factors travel once."""
+    """Numbers that travel down, without constants; of layers in core form their cores, of a walk its moves."""
+    if (moves := walk_of(sent.adapter)) is not None:
+        return int(moves.size) + _shared(sent)
     constant, cores = rule.constant(state.task.spec), bases(sent.adapter)
     whole = {f"{n}/{part}" for n in cores for part in "ab"}
     named = {n: x.size for n, x in sent.adapter.tensors().items() if n not in constant | whole}

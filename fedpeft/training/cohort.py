@@ -30,8 +30,8 @@ class CohortTrainer(TorchTrainer):
     """A ``rounds.Trainer`` that trains many clients in one step; it gives what ``TorchTrainer`` does, to rounding.
 
     group: the most clients in a step (unset: ``room``); crew: processes among which the jobs are shared out. A job by
-    itself is done by the loop. With dropout in the adapter method or the base, what is drawn depends on who shares a
-    step, so that results equal the loop's in distribution alone.
+    itself is done by the loop, and so are walks along a pool's directions. With dropout in the adapter method or the
+    base, what is drawn depends on who shares a step, so that results equal the loop's in distribution alone.
     """
 
     group: int | None = None
@@ -73,7 +73,7 @@ class CohortTrainer(TorchTrainer):
             return
         for _, some in groupby(jobs, key=_kind):
             run = list(some)
-            alone = len(run) == 1 or self.together == 1
+            alone = len(run) == 1 or run[0].pool is not None or self.together == 1
             yield from TorchTrainer.train_many(self, run) if alone else self._together(run)
 
     @override
@@ -89,10 +89,10 @@ class CohortTrainer(TorchTrainer):
             return self.group
         training, base = self.training, self.frozen
         limit = _SHARE * memory()["total"] / (self.crew.size if self.crew else 1)
-        most = max(1, _TOKENS // (training.batch * self._length))
+        most = max(1, _TOKENS // (training.rows * self._length))
 
         def takes(clients: int) -> int:
-            whole = replace(training, batch=training.batch * clients)
+            whole = replace(training, batch=training.rows * clients, micro=None)
             return estimate(base.model.config, base.parameters, self.bridge.spec, whole, base.quantise)
 
         return next((n for n in range(most, 1, -1) if takes(n) <= limit), 1)
@@ -143,6 +143,6 @@ class CohortTrainer(TorchTrainer):
 
 
 def _kind(job: Job) -> tuple[object, ...]:
-    """Jobs of one kind can share a pass: they train the same factors of one method."""
+    """Jobs of one kind can share a pass, but for walks: they train the same factors of one method."""
     drawn_once = tuple((n, id(x)) for n, x in drawn(job.start).items())
-    return job.trains, drawn_once, tuple(bases(job.start)) if job.trains in CORES else ()
+    return job.pool, job.trains, drawn_once, tuple(bases(job.start)) if job.trains in CORES else ()

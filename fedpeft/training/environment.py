@@ -6,9 +6,10 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _MIB = 1 << 20
 # glibc's parameter numbers (malloc.h): keep freed memory, and take blocks up to 8 MiB from the heap, so that each
@@ -20,6 +21,11 @@ _ALLOCATOR = (
     ("MALLOC_TOP_PAD_", -2, 64 * _MIB),
     ("MALLOC_MMAP_THRESHOLD_", -3, 8 * _MIB),
 )
+_SPARING = 64 << 10  # bytes, of all three: a text of 128 tokens has keys and values of 100 kB a layer
+_IS_SPARING = "FEDPEFT_SPARING"  # the variable that tells this process, and those that it starts
+_UNUSED = ("bitsandbytes", "pandas", "scipy", "sklearn", "torchao", "torchvision")
+"""Packages that transformers and peft import where they are installed, and that nothing here needs of them."""
+
 _VARIABLES = (
     ("OMP_WAIT_POLICY", "PASSIVE"),  # spinning threads cost more than anything else when processes share cores
     ("TOKENIZERS_PARALLELISM", "false"),
@@ -57,12 +63,28 @@ def starting() -> Iterator[None]:
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return
+    if os.environ.get(_IS_SPARING):
+        with _without([x for x in _UNUSED if x not in sys.modules]):
+            yield
+        return
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def _without(packages: Sequence[str]) -> Iterator[None]:
+    """A context in which these packages, of which none has been imported, seem not to be installed."""
+    hidden: dict[str, Any] = dict.fromkeys(packages)  # None is how Python itself notes that there is no such module
+    sys.modules.update(hidden)
+    try:
+        yield
+    finally:
+        for name in packages:
+            del sys.modules[name]
 
 
 def _allocate() -> None:
@@ -73,6 +95,21 @@ def _allocate() -> None:
         if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
             ctypes.CDLL(None).mallopt(number, value)
         os.environ[name] = str(value)
+
+
+def sparing() -> None:
+    """Have glibc give back at once what is freed, in this process and those that it starts: for a device's memory.
+
+    Without it a step's freed tensors stay in the heap, in holes that others do not fit: the peak of what training adds
+    was 1.7 times as high. Blocks of 64 KiB and more are then mapped one by one, which takes a few per cent of time.
+    Elsewhere than on Linux with glibc nothing of this happens. ``starting`` then leaves out packages of others that
+    are installed and not needed (60 MB for scipy and bitsandbytes), and lets the cycle collector work (30 MB).
+    """
+    os.environ[_IS_SPARING] = "1"
+    for name, number, _ in _ALLOCATOR:
+        if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).mallopt(number, _SPARING)
+        os.environ[name] = str(_SPARING)
 
 
 def give_back() -> None:

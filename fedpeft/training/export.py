@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, load_peft_weights
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.warning import PeftWarning
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from fedpeft.adapters import LowRank
-from fedpeft.errors import ConfigError
+from fedpeft.errors import ConfigError, DataError
 from fedpeft.training.bridge import Bridge
 from fedpeft.training.quantised import FrozenEmbedding, FrozenLinear
 from fedpeft.training.refusals import MERGES
@@ -45,6 +47,7 @@ def export_peft(bridge: Bridge, folder: Path, origin: str | None = None, tail: M
     origin: what the base is loaded from by whoever loads the adapter; without it, what it was loaded
     from here. Beside adapter_model.safetensors and adapter_config.json there is labels.json, the
     classes' names in order, where the task has classes.
+    The tensors are read back: DataError where they are not what was written. ``reload_peft`` compares logits.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = bridge.model.peft_config["default"]
@@ -60,12 +63,30 @@ def export_peft(bridge: Bridge, folder: Path, origin: str | None = None, tail: M
             warnings.filterwarnings("ignore", ".*invalid shape", PeftWarning)  # It takes lora_bias for a broken shard.
             # No embedding is ever resized here, so none need be saved; peft would ask the hub to be sure.
             bridge.model.save_pretrained(str(folder), save_embedding_layers=False)
+            _need_same_tensors(bridge.model, folder)
     finally:
         bridge.model.peft_config["default"] = config
     labels = labels_of(bridge)
     if labels:
         (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_readme(bridge, origin, labels), encoding="utf-8")
+
+
+def _need_same_tensors(model: PeftModel, folder: Path) -> None:
+    want = get_peft_model_state_dict(model, save_embedding_layers=False)
+    try:
+        got = load_peft_weights(str(folder), device="cpu")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{folder}: the adapter can't be read back: {error}; is there room?") from error
+    odd = [n for n in sorted(want.keys() | got.keys()) if n not in got or n not in want or not _same(got[n], want[n])]
+    if odd:
+        raise DataError(
+            f"{folder}: {len(odd)} of {len(want)} tensors, such as {odd[0]}, are not what was written; is there room?"
+        )
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and torch.equal(x, y.detach().cpu())
 
 
 def export_merged(
@@ -78,6 +99,7 @@ def export_merged(
 
     tokenizer: is written with it; tail: low-rank layers that the model runs beside the adapter, merged with it.
     The bridge's model isn't changed: merging works on a copy in fp32, which is what is written.
+    Of a packed base the packed weights are written, expanded: the model that was trained and evaluated.
     Raises ConfigError where the method's update is no change of weights, or where the loaded model's
     logits differ by more than 1e-4 of their largest from the adapter's (both of a small fixed batch).
     """

@@ -1,6 +1,6 @@
 """Packing a base's matrices under an adapter, and the trial that its gradients are still those of the whole base."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -9,16 +9,19 @@ from torch.nn import functional
 
 from fedpeft.data import Federation
 from fedpeft.errors import ConfigError
-from fedpeft.training.bases import Base, store
+from fedpeft.training.bases import Base
 from fedpeft.training.batches import Batch, collate
 from fedpeft.training.bridge import Bridge
 from fedpeft.training.devices import Place
 from fedpeft.training.environment import give_back
+from fedpeft.training.hollow import fill, share_file, trains_matrices
+from fedpeft.training.kept_bases import Source, contents
 from fedpeft.training.objectives import outcome
 from fedpeft.training.quantised import quantise
 from fedpeft.training.refusals import packed_refusal
 from fedpeft.training.settings import Quantise, Training
 from fedpeft.training.tokens import tokenise
+from fedpeft.training.values import store
 
 BOUNDS: Mapping[Quantise, float] = {"int8": 0.97, "nf4": 0.4, "int4": 0.4}
 """The least mean cosine, over an adapter's tensors, of a gradient on the packed base with that on the whole one.
@@ -42,37 +45,70 @@ def pack_base(
 ) -> None:
     """Pack the frozen matrices of a base that has an adapter on it, in place, if its settings say so.
 
-    names: of the base's own parameters, by their identity. The adapter's gradients on one batch of four rows are taken
-    before and after. ConfigError for a method that reads the base's weights by itself, and for one whose gradients are
-    no longer what they were: their mean cosine is below ``BOUNDS``. Where there are no rows nothing is tried.
+    names: ``Base.own``. The adapter's gradients on four rows are taken
+    before and after. ConfigError for a method that reads the base's weights by itself, and for one whose
+    gradients are no longer what they were: their mean cosine is below ``BOUNDS``. Where there are no rows nothing is
+    tried. What has passed is kept in the cache folder, and on a CPU its matrices are mapped from there; a base that has
+    a ``source`` has passed before, and is filled from it.
     """
-    if base.quantise == "none":
-        return
     method = bridge.method.method
-    reason = packed_refusal(bridge.method.name, vars(bridge.model.peft_config["default"]))
-    if reason:
-        raise ConfigError(
-            f"model.quantise: got {base.quantise!r}, with which {method} can't train: {reason}; use another "
-            f'adapter.method, or model.quantise = "none"'
-        )
-    batch = _batch(base, federation, training, place)
-    before = {} if batch is None else gradients(base, bridge, batch, place)
+    if base.quantise != "none":
+        reason = packed_refusal(bridge.method.name, vars(bridge.model.peft_config["default"]))
+        if reason:
+            raise ConfigError(
+                f"model.quantise: got {base.quantise!r}, with which {method} can't train: {reason}; use another "
+                f'adapter.method, or model.quantise = "none"'
+            )
+    if base.source is not None:
+        _need_same_layers(base.source, bridge)
+        fill(bridge.model, names, base.source.file, place.dtype)
+        _store(base, bridge, names, place)
+    elif base.quantise != "none":
+        _pack(base, names, bridge, _rows(base, federation, training, place), place)
+
+
+def _pack(base: Base, names: Mapping[int, str], bridge: Bridge, rows: Sequence[Batch], place: Place) -> None:
+    assert base.quantise != "none"
+    before = _mean(base, bridge, rows, place)
     try:
         quantise(bridge.model, base.quantise, names, place.dtype)
     except ValueError as error:
         raise ConfigError(f"model.quantise: {error}") from error
-    live = bridge.model.named_parameters()
-    store(bridge.model, [n for n, x in live if id(x) in names and not x.requires_grad], place.dtype)
+    content = contents(bridge.model, names) if rows and base.shelf is not None else None
+    _store(base, bridge, names, place)
     give_back()
-    if batch is None:
+    if not rows:
         return
-    found = cosine(before, gradients(base, bridge, batch, place))
+    found = cosine(before, _mean(base, bridge, rows, place))
     give_back()
     if not found >= BOUNDS[base.quantise]:
         raise ConfigError(
-            f"model.quantise: with {base.quantise!r} the gradients of {method} have a mean cosine of {found:.3f} with "
-            f"those on the whole base; want at least {BOUNDS[base.quantise]}: use "
+            f"model.quantise: with {base.quantise!r} the gradients of {bridge.method.method} have a mean cosine of "
+            f"{found:.3f} with those on the whole base; want at least {BOUNDS[base.quantise]}: use "
             f"{'none' if base.quantise == 'int8' else 'int8'}"
+        )
+    if base.shelf is not None and content is not None and not trains_matrices(bridge.model, names):
+        file = base.shelf.put(*content, base.plain, base.fresh, base.vocabulary, found)
+        if file is not None and place.device.type == "cpu":
+            share_file(bridge.model, file)
+            give_back()
+
+
+def _store(base: Base, bridge: Bridge, names: Mapping[int, str], place: Place) -> None:
+    """What is not packed, and not trained, in the precision that the base runs in."""
+    live = bridge.model.named_parameters()
+    if base.quantise != "none":
+        store(bridge.model, [n for n, x in live if id(x) in names and not x.requires_grad], place.dtype)
+
+
+def _need_same_layers(source: Source, bridge: Bridge) -> None:
+    if source.kit is None:
+        return
+    got, want = ({x.name for x in spec.layers} for spec in (bridge.spec, source.kit.spec))
+    if not got <= want:
+        raise ConfigError(
+            f"adapter.targets: got {min(got - want)}, which the kit in {source.kit.folder} was not tried with; want "
+            f"the layers that it was exported for, or the model itself"
         )
 
 
@@ -101,12 +137,21 @@ def cosine(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     return float(np.mean(each)) if each else 1.0
 
 
-def _batch(base: Base, federation: Federation, training: Training, place: Place) -> Batch | None:
-    """Up to four rows that clients train on, not cut before their reply; None if there are none."""
+def _mean(base: Base, bridge: Bridge, rows: Sequence[Batch], place: Place) -> dict[str, Tensor]:
+    """``gradients`` of all rows together, in the memory of one."""
+    found: dict[str, Tensor] = {}
+    for batch in rows:
+        share = batch.units / sum(x.units for x in rows)
+        for name, x in gradients(base, bridge, batch, place).items():
+            found[name] = found[name] + share * x if name in found else share * x
+    return found
+
+
+def _rows(base: Base, federation: Federation, training: Training, place: Place) -> list[Batch]:
+    """Up to four rows that clients train on, not cut before their reply, each by itself."""
     rows = np.sort(federation.used())[:_TRIED]
     if not len(rows):
-        return None
+        return []
     some = tokenise(federation.table, base, training.length, rows).view(rows)
-    if not len(some):
-        return None
-    return collate(some, np.arange(min(_ROWS, len(some))), base, training.image_size, place.device)
+    each = np.arange(min(_ROWS, len(some)))
+    return [collate(some, each[i : i + 1], base, training.image_size, place.device) for i in each]

@@ -31,7 +31,7 @@ def fingerprint(model: PreTrainedModel, fresh: Sequence[str], files: Sequence[Pa
     again; a file of another size or modification time makes it be taken anew. A cache that can't be written is
     not an error. The tokenizer is not in it.
     """
-    key = _digest([type(model).__name__, transformers.__version__, *fresh, *(_stamp(x) for x in files)])
+    key = _digest([type(model).__name__, transformers.__version__, *fresh, *(stamp(x) for x in files)])
     kept = cache_folder() / "digests" / key
     if kept.is_file() and len(text := kept.read_text()) == 64:
         return text
@@ -58,7 +58,8 @@ def _tensors(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     return [*parameters.items(), *buffers.items()]
 
 
-def _stamp(file: Path) -> str:
+def stamp(file: Path) -> str:
+    """What changes when a file does: its place, size and modification time."""
     found = file.stat()
     return f"{file.resolve()} {found.st_size} {found.st_mtime_ns}"
 

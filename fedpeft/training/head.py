@@ -87,6 +87,7 @@ class _Losses(torch.autograd.Function):
                 logits /= sums
                 logits.scatter_add_(1, goal, torch.full_like(wanted, -1.0))
                 (slopes[part],) = torch.autograd.grad(scores, h, logits.to(scores.dtype))
+            del scores, logits  # before the next ones are made
         ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(hits)
         return each, hits

@@ -3,22 +3,24 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Self, cast, get_args
 
 from torch import nn
 
-from fedpeft.adapters import CORES, Adapter
-from fedpeft.data import Encoded, Federation, Part, Store
+from fedpeft.adapters import CORES, Adapter, Tensors
+from fedpeft.data import Encoded, Federation, Part, Rows, Store
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import Done, Failed, Job, Metrics, Trial
 from fedpeft.training.bases import Base, load_base, place_for
 from fedpeft.training.bridge import Bridge
 from fedpeft.training.cores import Core, cores, put_back
 from fedpeft.training.devices import Place
-from fedpeft.training.evaluate import measure_each
+from fedpeft.training.evaluate import measure, measure_each
 from fedpeft.training.fidelity import pack_base
 from fedpeft.training.formats import of_run
+from fedpeft.training.forward_only import walk
 from fedpeft.training.methods import Method
 from fedpeft.training.objectives import Extra, shifts
 from fedpeft.training.packaged import Progress
@@ -62,11 +64,10 @@ class TorchTrainer:
         """
         place = place_for(model, training, progress)
         table = federation.table
-        frozen = load_base(model, table.task, table.classes, seed, place, progress)
+        frozen = load_base(model, table.task, table.classes, seed, place, progress, method)
         training = _fitting(frozen, training)
-        names = {id(x): n for n, x in frozen.model.named_parameters() if n not in frozen.fresh}
         bridge = Bridge.attach(frozen.model, method, table.task, seed, frozen.fresh)
-        pack_base(frozen, names, bridge, federation, training, place)
+        pack_base(frozen, frozen.own, bridge, federation, training, place)
         return cls(frozen, bridge, training, federation, place, bridge.read())
 
     def over(self, federation: Federation, training: Training) -> Self:
@@ -157,6 +158,9 @@ class TorchTrainer:
         rows = self.rows(job.client, "train")
         model, device = self.bridge.model, self.place.device
         self.bridge.write(job.start)
+        if job.pool is not None:
+            with beside(model, job.tail, device):
+                return walk(job, rows, self.training, partial(self._losses, job.start, rows))
         with ExitStack() as around:
             found: Mapping[str, Core] = {}
             if job.trains in CORES:
@@ -168,6 +172,12 @@ class TorchTrainer:
             metrics = fit(model, parameters, self.frozen, rows, self.training, job.seed, self.place, extra)
         trained = put_back(job.start, self.bridge.read(job.start), found)
         return Done(trained, metrics, travel=travel(self.training, len(rows)))
+
+    def _losses(self, start: Adapter, rows: Encoded, tensors: Tensors, batch: Rows) -> Metrics:
+        """The sums on a batch with these tensors in place of the start's."""
+        self.bridge.write(start.put(tensors))
+        some, training = Encoded(rows.store, rows.index[batch]), self.training
+        return measure(self.bridge.model, self.frozen, some, training.batch, training.image_size, self.place)
 
     def _extra(self, job: Job, parameters: Mapping[str, nn.Parameter]) -> Extra:
         """What the job's rule adds to the loss of these parameters."""

@@ -35,6 +35,7 @@ _OWN = {
     "base_model_name_or_path": "model.name",
 }
 _ALWAYS_OWN = ("target_modules", "modules_to_save", "base_model_name_or_path")
+_LAYERS = "layers_to_transform"  # peft's name
 _NOT_OPTIONS = ("peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version", "revision")
 
 
@@ -44,7 +45,8 @@ class Method:
 
     rank, alpha, dropout: given to the method's own fields of that meaning, and of no use to a method
     that has none (a dropout that it can't use is refused); targets: last parts of the names of the
-    modules to adapt, or ("all-linear",), or none for the architecture's usual ones; save: further
+    modules to adapt, or ("all-linear",), or none for the architecture's usual ones; layers: adapt those in so many of
+    the model's top layers only (unset: in all), below which nothing is kept for the backward pass; save: further
     modules to train whole (a new classification head always is); options: the method's own settings
     by peft's names, such as ``use_rslora`` or ``rank_pattern``.
 
@@ -58,6 +60,7 @@ class Method:
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ()
+    layers: int | None = None
     dropout: float = 0.0
     save: tuple[str, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict[str, object])
@@ -67,6 +70,8 @@ class Method:
             ("rank", self.rank >= 1, "at least 1"),
             ("alpha", self.alpha > 0 and isfinite(self.alpha), "more than 0"),
             ("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1"),
+            ("layers", self.layers is None or self.layers >= 1, "at least 1, or leave it out"),
+            ("layers", self.layers is None or _LAYERS not in self.options, f"it or options.{_LAYERS}, not both"),
         ):
             if not good:
                 raise ValueError(f"{key}: got {getattr(self, key)}; want {want}")

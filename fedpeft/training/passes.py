@@ -29,16 +29,23 @@ def travel(training: Training, rows: int) -> float:
 
 
 def groups(rows: Encoded, training: Training, rng: np.random.Generator) -> Iterator[Sequence[Rows]]:
-    """The batches of each optimiser step: whole epochs, or as many of them as the set number of steps takes."""
+    """The batches of each optimiser step: whole epochs, or as many of them as the set number of steps takes.
+
+    A batch of more rows than ``training.micro`` comes in parts; which rows a step takes does not depend on it.
+    """
     lengths = rows.lengths
 
     def allgroups() -> Iterator[Sequence[Rows]]:
         for _ in count() if training.steps is not None else range(training.epochs):
             batches = order(lengths, training.batch, rng)
             for i in range(0, len(batches), training.accumulate):
-                yield batches[i : i + training.accumulate]
+                yield [part for x in batches[i : i + training.accumulate] for part in _cut(x, training.rows)]
 
     return islice(allgroups(), training.steps)
+
+
+def _cut(rows: Rows, size: int) -> list[Rows]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def diverged(loss: float, step: int) -> str:

@@ -52,6 +52,7 @@ class Member:
         if training.steps is not None:
             epochs, steps = divmod(training.steps, ceil(passes / training.accumulate))
             left = epochs * passes + min(steps * training.accumulate, passes)
+        left *= ceil(training.batch / training.rows)  # at most: what is left only says who goes first
         plan = groups(rows, training, np.random.default_rng(job.seed))
         return cls(job, rows, plan, left, number, metrics=Metrics(examples=len(rows)))
 

@@ -4,7 +4,7 @@ A weight is expanded when it is used, forward and again backward, some of its ro
 autograd saves are the packed tensors that the module holds anyway. The arithmetic is that of the input, or autocast's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -68,6 +68,7 @@ class _Product(torch.autograd.Function):
         for part in some:
             weight = expanded(codes[part], scales[part], kind, x.dtype)
             y[..., part] = functional.linear(x, weight, None if bias is None else bias[part])
+            del weight  # before the next rows are expanded
         return y
 
     @staticmethod
@@ -210,21 +211,45 @@ def quantise(model: nn.Module, format: Format, names: Mapping[int, str], dtype: 
     tied is packed once, and shared. Embeddings, with a head that is tied to one, are packed in int8 in any format: they
     are read once and not multiplied, so that their error is not averaged out.
     """
-    found = [x for x in matrices(model) if id(x.weight) in names and not _of(x).requires_grad]
-    tables = {id(x.weight) for x in found if isinstance(x, nn.Embedding)}
+    tables = {id(x.weight) for x in matrices(model) if isinstance(x, nn.Embedding)}
     packed: dict[tuple[int, bool], tuple[Kind, Tensor, Tensor]] = {}
-    made: dict[int, nn.Module] = {}
-    for module in found:
-        weight, flip = _of(module), isinstance(module, Conv1D)
+
+    def made(module: nn.Module, weight: Tensor) -> tuple[Kind, Tensor, Tensor] | None:
+        if id(weight) not in names or weight.requires_grad:
+            return None
+        flip = isinstance(module, Conv1D)
         key = id(weight), flip
         if key not in packed:
             packed[key] = _packed(weight.T if flip else weight, "int8" if id(weight) in tables else format)
-        made[id(module)] = _frozen(module, packed[key], names[id(weight)], dtype)
-    del found
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in made:
-                parent._modules[name] = made[id(child)]
+        return packed[key]
+
+    replace(model, made, names, dtype)
+
+
+def replace(
+    model: nn.Module,
+    packed: Callable[[nn.Module, Tensor], tuple[Kind, Tensor, Tensor] | None],
+    names: Mapping[int, str],
+    dtype: torch.dtype,
+) -> None:
+    """Put a frozen module in the place of each matrix of a model that ``packed`` gives codes for, and None for others.
+
+    packed: takes a module and its weight; names: of weights, by their identity; dtype: of what embeddings give.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, name))
+    groups: dict[int, list[nn.Module]] = {}
+    for module in matrices(model):
+        groups.setdefault(id(module.weight), []).append(module)
+    for key in list(groups):  # one after another, so that what is replaced is gone before the next is packed
+        for module in groups.pop(key):
+            found = packed(module, _of(module))
+            if found is not None:
+                new = _frozen(module, found, names[key], dtype)
+                for parent, name in places.pop(id(module)):
+                    parent._modules[name] = new
 
 
 def _of(module: nn.Module) -> Tensor:

@@ -46,7 +46,8 @@ class Model:
 class Training:
     """How one client trains in one round; the optimiser starts afresh each time.
 
-    lr: learning rate, constant; batch: rows a forward pass; accumulate: forward passes an optimiser step;
+    lr: learning rate, constant; batch: rows a forward pass; micro: at most so many of them at a time (unset: all),
+    which saves memory and changes no result but by rounding; accumulate: batches an optimiser step;
     epochs: passes over the client's rows, or, where it is set, steps: optimiser steps, over as many
     epochs as they take; clip: largest l2 norm of a step's gradient over all trained tensors (unset: no
     clipping); momentum: of sgd; prox: FedProx's μ; length: most tokens of a row; image_size: side in
@@ -64,6 +65,7 @@ class Training:
     epochs: int = 1
     steps: int | None = None
     accumulate: int = 1
+    micro: int | None = None
     clip: float | None = 1.0
     weight_decay: float = 0.0
     momentum: float = 0.0
@@ -84,6 +86,7 @@ class Training:
             ("epochs", self.epochs >= 1, "at least 1"),
             ("steps", self.steps is None or self.steps >= 1, "at least 1, or leave it out to train by epochs"),
             ("accumulate", self.accumulate >= 1, "at least 1 batch"),
+            ("micro", self.micro is None or self.micro >= 1, "at least 1 row, or leave it out"),
             ("clip", self.clip is None or self.clip > 0, "more than 0, or leave it out"),
             ("weight_decay", isfinite(self.weight_decay) and self.weight_decay >= 0, "0 or more"),
             ("momentum", 0 <= self.momentum < 1, "at least 0 and less than 1"),
@@ -97,3 +100,8 @@ class Training:
         ):
             if not good:
                 raise ValueError(f"{key}: got {getattr(self, key)}; want {want}")
+
+    @property
+    def rows(self) -> int:
+        """The most rows of one forward pass that has gradients."""
+        return self.batch if self.micro is None else min(self.batch, self.micro)

@@ -51,6 +51,8 @@ def settle(model: PreTrainedModel, method: Method, task: TaskName, fresh: Sequen
         return method
     if not method.targets:
         method = replace(method, targets=_usual(model, method))
+    if method.layers is not None:
+        method = _at_the_top(model, method, method.layers)
     if method.name == "ia3":
         # peft fills in the architecture's own, and then can't load a folder whose targets don't hold them
         feedforward = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(_kind(model), [])
@@ -61,6 +63,17 @@ def settle(model: PreTrainedModel, method: Method, task: TaskName, fresh: Sequen
         if method.name in _MATRIX_RANK:
             _check_ranks(model, method)
     return method
+
+
+def _at_the_top(model: PreTrainedModel, method: Method, layers: int) -> Method:
+    """The method on so many of the model's last layers."""
+    total = getattr(model.config, "num_hidden_layers", None)
+    if not isinstance(total, int):
+        raise ConfigError(f"adapter.layers: got {layers}; {type(model).__name__} does not say how many layers it has")
+    if layers > total:
+        raise ConfigError(f"adapter.layers: got {layers}; {type(model).__name__} has {total}: want at most that")
+    top = list(range(total - layers, total))
+    return replace(method, layers=None, options={"layers_to_transform": top} | dict(method.options))
 
 
 def candidates(model: PreTrainedModel) -> list[str]:

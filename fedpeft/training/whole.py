@@ -23,3 +23,11 @@ def whole(folder: Path) -> Iterator[Path]:
             if old.is_dir():
                 shutil.rmtree(old)
             os.replace(new, old)
+
+
+def link(old: Path, new: Path) -> None:
+    """The same file under another name, or, on another disk, a copy."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copyfile(old, new)

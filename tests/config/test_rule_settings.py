@@ -25,7 +25,7 @@ def made(text):
 
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_every_rule_can_be_named_alone_and_is_made_again_from_its_settings(name):
-    found = made(f'[rule]\nname = "{name}"' + (SGD if name == "scaffold" else ""))
+    found = made(f'[rule]\nname = "{name}"' + (SGD if name in ("scaffold", "fedkseed") else ""))
     assert experiment(found.settings).rule == found.rule
     assert found.settings["rule"]["name"] == name
 

@@ -70,23 +70,24 @@ class Fleet:
         files = sorted(self.folder.glob("*.log"))
         return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')[-4000:]}" for file in files)
 
-    def start(self, name: str, *command: str) -> None:
-        """Start one process of the fleet, in a process group of its own."""
+    def start(self, name: str, *command: str, variables: Mapping[str, str] | None = None) -> None:
+        """Start one process of the fleet, in a process group of its own, with these variables in its environment."""
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [str(BIN / command[0]), *command[1:]],
-                env=environment(self.folder),
+                env=environment(self.folder) | dict(variables or {}),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
 
-    def start_node(self, number: int, config: str) -> None:
+    def start_node(self, number: int, config: str, variables: Mapping[str, str] | None = None) -> None:
         """Start a SuperNode, whose process is "supernode" and its number."""
         self.start(
             f"supernode{number}",
             "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}",
             "--host", "127.0.0.1", "--port", str(free_port()), "--node-config", config,
+            variables=variables,
         )  # fmt: skip
 
     def end(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:

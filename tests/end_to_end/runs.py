@@ -14,7 +14,7 @@ EXPERIMENT = ROOT / "simulations" / "tiny.toml"
 
 def run_in_process(folder: Path, changes: Sequence[str]) -> None:
     """What ``fedpeft run`` does with the experiment, in a process with a fleet's environment."""
-    pairs = [word for change in changes for word in ("-c", change)]
+    pairs = [word for change in (*changes, "baselines.base=false") for word in ("-c", change)]
     done = subprocess.run(
         [sys.executable, "-m", "fedpeft", "run", str(EXPERIMENT), "--folder", str(folder), *pairs],
         env=environment(folder.parent),

@@ -15,6 +15,7 @@ from tests.end_to_end.toy.toy import build, main
 
 TOY = Path(__file__).parent / "toy"
 NODES = ("partition-id=0", "partition-id=1")
+ROUNDS = 5  # of which the first is over before the second node is started, and the last begins long after that
 
 
 @pytest.mark.slow
@@ -35,7 +36,7 @@ def test_deployed_nodes_of_a_numpy_model_end_in_the_adapter_of_the_in_process_gr
 @pytest.mark.parametrize(
     ("rule", "nodes", "said", "listed"),
     [
-        ("fedsa", NODES, "ranks.name=whole", "ranks.name=whole"),  # with state that each client keeps, and constants
+        ("fedsa", NODES, "evaluation.every=2", "evaluation.every=2"),  # with state of each client's own, and constants
         (
             "subspace",  # in two passes, with ranks that the nodes say for themselves
             tuple(f"{node} rank={rank}" for node, rank in zip(NODES, (1, 3), strict=True)),
@@ -81,7 +82,7 @@ def test_a_killed_node_is_left_out_at_the_deadline_and_the_run_goes_on(tmp_path:
 @pytest.mark.slow
 def test_a_node_that_comes_after_the_run_has_begun_takes_part_from_then_on(tmp_path: Path) -> None:
     folder = tmp_path / "deployed"
-    changes = "rounds=8; fleet.wait=20; evaluation.clients=false"
+    changes = f"rounds={ROUNDS}; fleet.wait=20; evaluation.clients=false"
     with fleet(tmp_path / "flower", NODES[:1]) as flower:
 
         def start_the_second_after_the_first_round() -> None:
@@ -97,5 +98,5 @@ def test_a_node_that_comes_after_the_run_has_begun_takes_part_from_then_on(tmp_p
         late.join()
     survivors = survivors_of(folder)
     joined = survivors.index((0, 1))
-    assert survivors == [(0,)] * joined + [(0, 1)] * (8 - joined)
+    assert survivors == [(0,)] * joined + [(0, 1)] * (ROUNDS - joined)
     assert joined >= 1

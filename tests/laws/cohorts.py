@@ -9,6 +9,7 @@ from fedpeft.adapters import Array, Layer, Layout, LowRank, Tensors, Update, bes
 from fedpeft.rules import (
     FactorMean,
     FedEx,
+    FedKSeed,
     FedRot,
     FedSB,
     FedSVD,
@@ -120,6 +121,7 @@ MEAN_RULES: dict[str, MeanRule] = FACTOR_RULES | {
     "fedsvd": FedSVD(),
     "fedrot": FedRot(),
     "fedrot, soft": FedRot(strength=0.4),
+    "fedkseed": FedKSeed(seed=6, size=7),  # as few directions as clients of the cohort go along
     "lora_a2": LoRAA2(),
     "ravan": Ravan(seed=4, heads=6),  # of one direction each
     "ravan, one head": Ravan(seed=4, heads=1),
@@ -146,7 +148,7 @@ DROPPING = ("two passes", "fedsa", "fedit, rest dropped", "rbla", "zeropad", "he
 COUNTS = ("/lacks", "/norm")
 """Ends of the names of what is sent that is no change: who holds which direction, and how much it counts."""
 
-REFACTORED = ("two passes", "fedsb", "fedsvd", "ravan", "flexlora", "flexlora, full", "flora", "subspace")
+REFACTORED = ("two passes", "fedkseed", "fedsb", "fedsvd", "ravan", "flexlora", "flexlora, full", "flora", "subspace")
 """Starts of the names of rules that factor the product anew, so that an adapter that does the same is another one."""
 
 

@@ -82,4 +82,4 @@ def test_only_a_rule_that_hides_ranks_fills_the_same_places_for_all(rule):
 
 def test_the_rules_that_hide_ranks():
     hiding = {name for name, rule in MEAN_RULES.items() if rule.hides_ranks}
-    assert hiding == {"two passes", "ravan, one head", "subspace", "subspace, cold", "subspace, one pass"}
+    assert hiding == {"two passes", "fedkseed", "ravan, one head", "subspace", "subspace, cold", "subspace, one pass"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedpeft.adapters import LowRank
-from fedpeft.rules import FedEx, FLoRA, ListRule, LoRAA2, Scaffold, Subspace
+from fedpeft.rules import FedEx, FedKSeed, FLoRA, ListRule, LoRAA2, Scaffold, Subspace
 from tests.laws.cohorts import (
     FACTOR_RULES,
     FEDIT,
@@ -50,7 +50,7 @@ def test_a_client_of_some_rank_receives_that_many_directions_and_the_tail(rule):
     for rank in (1, 2, 3, 1 << 30):
         sent = rule.send(state, rank)
         assert (sent.task.round, sent.task.pass_, sent.task.spec) == (0, 0, state.task.spec)
-        trains_all = isinstance(rule, LoRAA2) or rule == RULES["ravan, one head"]
+        trains_all = isinstance(rule, FedKSeed | LoRAA2) or rule == RULES["ravan, one head"]
         held = 3 if trains_all else rank
         assert [x.rank for x in sent.adapter.layers.values()] == [min(held, 3), min(held, 2)]
         if drops(rule) or rank >= 3:

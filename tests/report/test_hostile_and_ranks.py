@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft.report import FinalRecord, RunFolder, RunRecord, Score, Scores, history
-from fedpeft.report.by_rank import hostile, ranks
+from fedpeft.report.by_rank import hostile, ranks, runtimes
 from fedpeft.report.history import History
 from fedpeft.report.people import ClientData
 
@@ -63,3 +63,21 @@ def test_without_hostile_clients_all_are_counted(tmp_path: Path) -> None:
     assert hostile(h) == ""
     assert "Accuracy on the clients’ own rows.</p>" in ranks(h)
     assert '2</th><td class="n">3</td>' in ranks(h)
+
+
+def test_clients_by_runtime_have_their_accuracy_and_their_loss(tmp_path: Path) -> None:
+    on = ("torch", "onnx int8", "torch", "onnx int8", "onnx int8")
+    some = {n: ClientData(4, hostile=n == 3, runtime=x) for n, x in enumerate(on)}
+    h = recorded(tmp_path / "a", some, 5)
+    assert {n: x.runtime for n, x in h.run.clients.items()} == dict(enumerate(on))
+    text = runtimes(h)
+    assert "<h2>Clients by runtime</h2><p>Accuracy on the clients’ own rows, of the honest ones.</p>" in text
+    cells = '</td><td class="n">'.join(("2", "35.0 %", "20.0 %", "0.500"))  # clients 1 and 4
+    assert f'onnx int8</th><td class="n">{cells}</td></tr>' in text
+    assert 'torch</th><td class="n">2</td><td class="n">20.0 %</td>' in text  # clients 0 and 2
+    assert ranks(h) == ""
+
+
+def test_clients_that_are_all_on_one_runtime_have_no_table_of_them(tmp_path: Path) -> None:
+    assert runtimes(recorded(tmp_path / "a", {n: ClientData(4, runtime="torch") for n in range(3)}, 3)) == ""
+    assert runtimes(recorded(tmp_path / "b", people(5, set()), 5)) == ""

@@ -7,7 +7,7 @@ from fedpeft.rounds import derive
 
 PURPOSES = (
     *("select", "train", "split", "start", "partition", "baseline", "device", "evaluate"),
-    *("rank", "order", "hostile", "personal", "lost", "code"),
+    *("rank", "order", "hostile", "personal", "lost", "code", "runtime"),
 )
 
 

@@ -4,7 +4,19 @@ from dataclasses import asdict
 
 import pytest
 
-from fedpeft.rules import FactorMean, FedEx, FlexLoRA, FLoRA, HetLoRA, Krum, LoRAFair, Scaffold, Subspace, TrimmedMean
+from fedpeft.rules import (
+    FactorMean,
+    FedEx,
+    FedKSeed,
+    FlexLoRA,
+    FLoRA,
+    HetLoRA,
+    Krum,
+    LoRAFair,
+    Scaffold,
+    Subspace,
+    TrimmedMean,
+)
 
 
 @pytest.mark.parametrize(
@@ -12,6 +24,7 @@ from fedpeft.rules import FactorMean, FedEx, FlexLoRA, FLoRA, HetLoRA, Krum, LoR
     [
         (FactorMean(), {"cycle": ("ab",), "personalised": False, "owners": False, "rest": "frozen"}),
         (FedEx(), {"energy": 1.0, "largest": None}),
+        (FedKSeed(seed=3), {"seed": 3, "size": 1024, "epsilon": 1e-3}),
         (FlexLoRA(), {"form": "drift"}),
         (FLoRA(seed=3), {"seed": 3, "energy": 1.0, "largest": None}),
         (HetLoRA(), {"gamma": 0.99, "penalty": 1e-3}),

@@ -1,5 +1,6 @@
 """Rules with parts that stay on the client: what is sent, what is kept, which parts can't be."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from fedpeft.errors import ConfigError
 from fedpeft.rules import (
     FactorMean,
     FedEx,
+    FedKSeed,
     FedSB,
     FlexLoRA,
     HetLoRA,
@@ -151,6 +153,7 @@ def test_what_a_rule_says_of_itself_stays(rule):
     assert rule.trains(task) == inside.trains(task)
     assert rule.needs_sgd is inside.needs_sgd
     assert rule.hides_ranks is inside.hides_ranks
+    assert rule.pool is inside.pool is None
     if isinstance(rule, PersonalMean):
         assert rule.is_change is inside.is_change
 
@@ -356,3 +359,13 @@ def test_leaves_can_be_all_that_is_shared(rule):
     for name, x in got.dense.items():
         want = sum(w / total * u.trained.dense[name] for u, w in clients.values())
         np.testing.assert_allclose(x, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("tensors", [("head",), ("q/*", "haed")])
+def test_clients_that_walk_along_common_directions_keep_nothing_of_them(tensors):
+    walking = FedKSeed(seed=3, size=7)
+    assert personal(walking, ()) is walking
+    assert PersonalMean(walking, tensors).pool == walking.pool
+    message = f"personal.tensors: got {', '.join(tensors)}, and clients that train by forward passes alone move all"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        personal(walking, tensors)

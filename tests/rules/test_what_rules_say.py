@@ -4,11 +4,21 @@ import numpy as np
 import pytest
 
 from fedpeft.adapters import LowRank
-from fedpeft.rules import FactorMean, FedEx, FLoRA, ListRule, MeanRule, frozen
+from fedpeft.rules import FactorMean, FedEx, FLoRA, ListRule, MeanRule, Pool, frozen
 from tests.laws.cohorts import FEDIT, FEDSA, FFA, RBLA, ROLORA, RULES, TwoPasses, computed, start
 
-PLAIN = ("fedit", "fedit, rest dropped", "median", "trimmed", "krum", "multi-krum", "two passes", "scaffold")
-CHANGES = ("fedit", "ffa", "rolora", "fedsa", "fedit, rest dropped", "fedrot", "fedrot, soft", "lora_a2")
+PLAIN = (
+    "fedit",
+    "fedit, rest dropped",
+    "median",
+    "trimmed",
+    "krum",
+    "multi-krum",
+    "two passes",
+    "scaffold",
+    "fedkseed",
+)
+CHANGES = ("fedit", "ffa", "rolora", "fedsa", "fedit, rest dropped", "fedrot", "fedrot, soft", "lora_a2", "fedkseed")
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -83,3 +93,7 @@ def test_only_scaffold_needs_steps_along_gradients():
     assert {name for name, rule in RULES.items() if rule.needs_sgd is not False} == {
         name for name in RULES if name.startswith("scaffold")
     }
+
+
+def test_only_fedkseed_has_clients_walk_along_a_pool():
+    assert {name: rule.pool for name, rule in RULES.items() if rule.pool is not None} == {"fedkseed": Pool(6, 7)}

@@ -80,7 +80,8 @@ def federation(central=3):
 
 def measured(central=3):
     view, whole = Heard(), federation(central)
-    workshop = SimpleNamespace(federation=whole, trainer=Trainer(whole))
+    trainer = Trainer(whole)
+    workshop = SimpleNamespace(federation=whole, trainer=trainer, fleet=trainer)
     return list(measure(made(epochs=1), workshop, Adapter(), view, frozenset())), view
 
 

@@ -125,3 +125,16 @@ def test_the_collector_rests_while_torch_is_imported_and_not_later(way):
     assert (off, on_again, frozen) == (False, True, True)
     assert (on_later, frozen_later) == (True, False), "once torch is there, models would be kept for good"
     assert as_the_user_has_it is False
+
+
+def test_a_sparing_process_imports_nothing_that_is_not_needed_and_finds_it_later(clean):
+    code = (
+        "import sys\nfrom fedpeft.training import environment\nenvironment.sparing()\n"
+        "environment._UNUSED = ('colorsys', 'json')\nimport json\n"
+        "with environment.starting():\n"
+        "    try:\n        import colorsys\n    except ImportError:\n        print('absent')\n"
+        "    import json\n"
+        "import colorsys, gc\nprint(gc.isenabled(), gc.get_freeze_count())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["absent", "True", "0"]

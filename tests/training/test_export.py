@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from fedpeft.adapters import same
-from fedpeft.errors import ConfigError
-from fedpeft.training import refusals
+from fedpeft.errors import ConfigError, DataError
+from fedpeft.training import export, refusals
 from fedpeft.training.bridge import Bridge
 from fedpeft.training.export import export_merged, export_peft
 from fedpeft.training.methods import Method
@@ -124,6 +125,31 @@ def test_an_export_names_its_base_and_labels_and_leaves_the_bridge_as_it_was(tmp
 def test_a_language_models_export_has_no_labels(tmp_path: Path) -> None:
     export_peft(trained(BY_NAME["lora-llama"]), tmp_path)
     assert not (tmp_path / "labels.json").exists()
+
+
+def test_tensors_that_are_not_read_back_as_they_were_written_are_an_error(tmp_path, monkeypatch):
+    bridge = trained(BY_NAME["lora-bert"])
+    export_peft(bridge, tmp_path)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(n for n in written if "lora_B" in n)
+    others = {
+        "another number": written | {name: written[name] + 1e-7},
+        "another type": written | {name: written[name].double()},
+        "one too few": {n: x for n, x in written.items() if n != name},
+    }
+    for case, tensors in others.items():
+        monkeypatch.setattr(export, "load_peft_weights", lambda folder, device, tensors=tensors: tensors)
+        with pytest.raises(DataError, match=rf"1 of {len(written)} tensors, such as {name}, are not what was"):
+            export_peft(bridge, tmp_path / case)
+    monkeypatch.undo()
+    monkeypatch.setattr(type(bridge.model), "save_pretrained", lambda *_, **__: torn(tmp_path))
+    with pytest.raises(DataError, match="can't be read back"):
+        export_peft(bridge, tmp_path)
+
+
+def torn(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
 
 
 # That these can't be merged is peft's own word, said for the layer or option at hand.

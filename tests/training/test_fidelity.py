@@ -21,6 +21,7 @@ from fedpeft.training.crew import share
 from fedpeft.training.devices import choose
 from fedpeft.training.fidelity import BOUNDS, cosine
 from fedpeft.training.formats import FORMATS, pack, packed_fingerprint, unpack
+from fedpeft.training.kept_bases import Shelf
 from fedpeft.training.loop import TorchTrainer
 from fedpeft.training.quantised import FrozenEmbedding, FrozenLinear, matrices, quantise
 from fedpeft.training.refusals import PACKED, packed_refusal
@@ -126,6 +127,13 @@ def test_starts_from_the_bases_weights_would_be_refused_even_if_they_federated(n
     assert packed_refusal("lora", settings | {"init_lora_weights": "gaussian"}) == ""
     assert "target_parameters are parts" in packed_refusal("lora", {"target_parameters": ["experts.weight"]})
     assert "trainable_token_indices are parts" in packed_refusal("lora", {"trainable_token_indices": [3]})
+
+
+@pytest.fixture(autouse=True)
+def unkept(monkeypatch):
+    """Each base is tried, as if none had been kept."""
+    monkeypatch.setattr(Shelf, "find", lambda self: None)
+    monkeypatch.setattr(Shelf, "put", lambda self, *_: None)
 
 
 @contextmanager

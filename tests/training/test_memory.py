@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 
 from fedpeft.adapters import Layer, Spec
-from fedpeft.training.memory import RUNTIME, estimate
+from fedpeft.training.memory import RUNTIME, estimate, parts
+from fedpeft.training.predict import Load, Sizes, predict
 from fedpeft.training.settings import Training
 
-SPEC = Spec((Layer("q", 6, 10, 2, 1.0),), (("head", (3, 7)),))  # 2 · (6 + 10) + 21 = 53 numbers
+SPEC = Spec((Layer("x.2.query", 6, 10, 2, 1.0),), (("head", (3, 7)),))  # 2 · (6 + 10) + 21 = 53 numbers
 
 
 class Config(dict):
@@ -21,7 +22,9 @@ class Config(dict):
 
 
 BERT = Config(
+    model_type="bert",
     hidden_size=10,
+    num_attention_heads=2,
     num_hidden_layers=4,
     intermediate_size=30,
     vocab_size=500,
@@ -30,56 +33,39 @@ BERT = Config(
 TEXT = Training(batch=2, length=8)
 
 
-def beyond(config=BERT, parameters=1000, training=TEXT):
-    return estimate(config, parameters, SPEC, training) - RUNTIME
+def load(**change):
+    return replace(Load(parameters=1000, trained=53, targets=("query",), layers=2, rows=2, length=8), **change)
 
 
-def test_the_formula_of_the_docstring_gives_the_estimate_of_a_classifier():
-    layer = 6 * 10 + 75  # 2.5 · 30
-    assert beyond() == 4 * 1000 + 4 * 53 * 5 + 4 * 16 * (4 + 1) * layer  # and one layer's gradients
+def test_the_parts_are_the_plans_of_what_the_adapter_and_the_settings_say():
+    """The lowest layer that is adapted is the third of four, so that two keep activations."""
+    sizes = Sizes.of(BERT)
+    for training, change in (
+        (TEXT, {}),
+        (replace(TEXT, batch=6, micro=3), {"rows": 3}),
+        (replace(TEXT, checkpointing=True), {"checkpointing": True}),
+        (replace(TEXT, optimiser="sgd"), {"moments": 0}),
+        (replace(TEXT, optimiser="sgd", momentum=0.5), {"moments": 1}),
+        (replace(TEXT, precision="bf16"), {"half": True}),
+    ):
+        assert parts(BERT, 1000, SPEC, training) == predict(sizes, load(**change))
+    assert parts(BERT, 1000, SPEC, TEXT, "int8") == predict(sizes, load(quantise="int8"))
+    assert parts(BERT, 1000, SPEC, TEXT, engine="onnx") == predict(sizes, load(engine="onnx"))
 
 
-def test_the_optimiser_says_how_many_moments_there_are():
-    sgd = beyond(training=Training(batch=2, length=8, optimiser="sgd"))
-    momentum = beyond(training=Training(batch=2, length=8, optimiser="sgd", momentum=0.5))
-    assert (beyond() - sgd, momentum - sgd) == (4 * 53 * 2, 4 * 53)
-
-
-def test_a_base_in_bf16_takes_half():
-    assert beyond() - beyond(training=Training(batch=2, length=8, precision="bf16")) == 2 * 1000
-
-
-def test_checkpointing_keeps_one_layers_activations_and_the_width_of_the_others():
-    saved = beyond() - beyond(training=Training(batch=2, length=8, checkpointing=True))
-    layer = 6 * 10 + 75
-    assert saved == 4 * 16 * (4 * layer - layer - 4 * 10)
-
-
-def test_a_language_model_has_its_vocabulary_twice_but_of_a_large_one_only_some_positions():
-    assert beyond(Config(BERT, problem_type=None)) - beyond() == 4 * 16 * 2 * 500
-    large = Config(BERT, problem_type=None, vocab_size=600_000)
-    assert beyond(large) - beyond() == 4 * 2 * 2**23 < 4 * 16 * 2 * 600_000
-
-
-@pytest.mark.parametrize(("format", "each"), [("int8", 8 + 32 / 10), ("nf4", (8 * 5 + 16) / 10)])
-def test_a_quantised_base_takes_its_formats_bits_and_one_expanded_weight(format, each):
-    """500 words of 10 numbers are in int8 in any format; of 7,000 parameters 2,000 are left."""
-    whole = estimate(BERT, 7000, SPEC, TEXT) - 4 * 7000
-    got = estimate(BERT, 7000, SPEC, TEXT, format) - whole
-    assert got == 5000 * (8 + 32 / 10) / 8 + 2000 * each / 8 + 4 * 5000
-    narrow = Config(BERT, vocab_size=20)  # whose largest matrix is 10 x 30
-    assert estimate(narrow, 7000, SPEC, TEXT, format) - whole == (200 * 11.2 + 6800 * each) / 8 + 4 * 300
-    assert estimate(BERT, 7000, SPEC, replace(TEXT, precision="bf16"), format) - whole == got
-    wide = Config(BERT, vocab_size=10**7, problem_type="x")  # 10^8 numbers, of which 2^22 are expanded at a time
-    assert estimate(wide, 10**8, SPEC, TEXT, format) - whole == round(10**8 * 11.2 / 8) + 4 * 2**22
+def test_a_process_that_keeps_what_is_freed_takes_more_of_what_a_step_makes():
+    found = parts(BERT, 1000, SPEC, TEXT)
+    step = found.activations + found.work
+    assert estimate(BERT, 1000, SPEC, TEXT, sparing=True) == found.total
+    assert estimate(BERT, 1000, SPEC, TEXT) == found.total + round(0.75 * step)
+    assert found.runtime == RUNTIME
 
 
 def test_an_images_length_is_its_number_of_patches_and_one():
     vit = Config(hidden_size=10, num_hidden_layers=4, mlp_ratio=3, image_size=28, patch_size=7, problem_type="x")
-    layer = 6 * 10 + 75
-    without = 4 * 1000 + 4 * 53 * 5
-    assert beyond(vit) == without + 4 * 2 * 17 * 5 * layer
-    assert beyond(vit, training=Training(batch=2, image_size=14)) == without + 4 * 2 * 5 * 5 * layer
+    sizes = Sizes.of(vit)
+    assert parts(vit, 1000, SPEC, TEXT) == predict(sizes, load(length=17))
+    assert parts(vit, 1000, SPEC, replace(TEXT, image_size=14)) == predict(sizes, load(length=5))
 
 
 _STEP = """

@@ -1,0 +1,78 @@
+"""Kits for clients that train on onnxruntime: made once, and kept in the cache folder."""
+
+import json
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedpeft import __version__
+from fedpeft.config import Experiment
+from fedpeft.errors import ConfigError
+from fedpeft.flower.packing import digest_of
+from fedpeft.run.runtimes import others
+from fedpeft.training.environment import cache_folder
+from fedpeft.training.kit import MANIFEST, Kit
+from fedpeft.training.settings import Quantise
+from fedpeft.training.whole import link, whole
+
+if TYPE_CHECKING:
+    from fedpeft.run.node import Workshop
+
+
+def kept_kit(here: "Workshop", quantise: Quantise) -> Path:
+    """Where the kit of a workshop's experiment is kept with the base in this format, whether or not it is there."""
+    trainer, training = here.trainer, here.trainer.training
+    start = trainer.start()
+    made_of = [
+        __version__,
+        trainer.base,
+        digest_of(start.tensors() | {f"fixed/{name}": x for name, x in start.fixed.items()}),
+        quantise,
+        training.length,
+        training.checkpointing,
+        here.federation.table.task,
+        list(here.federation.table.classes),
+    ]
+    return cache_folder() / "kits" / sha256(json.dumps(made_of).encode()).hexdigest()
+
+
+def missing(here: "Workshop") -> list[Quantise]:
+    """The formats of the kits that a simulated run's clients need, and that are not there yet."""
+    wanted = [x.quantise for x in others(here.found) if x.engine == "onnx"]
+    return [quantise for quantise in wanted if not kept_kit(here, quantise).is_dir()]
+
+
+def kit_of(here: "Workshop", quantise: Quantise, progress: Callable[[str], None] | None = None) -> Path:
+    """The kit, made by an export in this process if it is not there yet, which takes seconds to minutes.
+
+    progress: told what is going on.
+    """
+    folder = kept_kit(here, quantise)
+    if not folder.is_dir():
+        from fedpeft.training.export_step import export_step
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export_step(here.held_in(quantise).trainer, folder, progress=progress)
+    return folder
+
+
+def export_kit(
+    found: Experiment, out: Path, quantise: Quantise | None, progress: Callable[[str], None] | None = None
+) -> tuple[Kit, str]:
+    """Put an experiment's kit into a folder, as links to the kept one or copies of it; the kit, and "new" or "kept".
+
+    quantise: what the base is held in, if not as the experiment says. ConfigError as ``export_step``.
+    """
+    from fedpeft.run.node import without_data, workshop
+
+    wanted = quantise or found.model.quantise
+    if found.model.formats and wanted not in found.model.formats:
+        raise ConfigError(f"--quantise: got {wanted!r}; want one of model.formats: {', '.join(found.model.formats)}")
+    here = without_data(found) if found.fleet.own_data else workshop(found.settings_json)
+    known = kept_kit(here, wanted).is_dir()
+    kept = Kit.open(kit_of(here, wanted, progress))
+    with whole(out) as scratch:
+        for name in (*kept.files, MANIFEST):
+            link(kept.folder / name, scratch / name)
+    return Kit.open(out, digest=kept.digest), "kept" if known else "new"

@@ -1,0 +1,72 @@
+"""What a deployed node trains with, as its own config says it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Self
+
+from fedpeft.config import Experiment
+from fedpeft.config.runtimes import ENGINES, FORMATS, check_format, check_onnx
+from fedpeft.errors import ConfigError
+from fedpeft.run.shipped import kit_here
+from fedpeft.training.kit import Kit
+from fedpeft.training.settings import Quantise
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """engine: "torch" or "onnx"; quantise: what the node holds the base in, if not in the experiment's or the kit's
+    format; kit: the folder that onnxruntime trains from, or that torch has its base from."""
+
+    engine: str = "torch"
+    quantise: Quantise | None = None
+    kit: Path | None = None
+
+    @classmethod
+    def said(cls, node_config: Mapping[str, bool | int | float | str], settings_json: str = "{}") -> Self:
+        """What a node's "runtime", "quantise" and "kit" say. On a node without torch "runtime" need not be said.
+
+        settings_json: of the run, which may have a kit of its own. ConfigError, naming the key, for a runtime that
+        there is not or that lacks what it needs; KitMissingError for a kit that is still to be sent.
+        """
+        has_torch = find_spec("torch") is not None
+        engine = str(node_config.get("runtime", "torch" if has_torch else "onnx"))
+        quantise = _format(node_config)
+        if engine not in ENGINES:
+            raise ConfigError(f"node-config: runtime is {engine!r}; want {' or '.join(ENGINES)}")
+        if engine == "torch":
+            if not has_torch:
+                raise ConfigError(
+                    "node-config: runtime is 'torch', which is not installed here; install fedpeft[torch], or want "
+                    "runtime='onnx'"
+                )
+            return cls(engine, quantise, kit_here(node_config, settings_json) if node_config.get("kit") else None)
+        if find_spec("onnxruntime") is None:
+            which = "runtime is 'onnx'" if has_torch else "torch is not installed here, so that runtime is 'onnx'"
+            raise ConfigError(f"node-config: {which}, and onnxruntime is not installed; install fedpeft[onnx]")
+        return cls(engine, quantise, kit_here(node_config, settings_json))
+
+    def settle(self, found: Experiment) -> Experiment:
+        """The experiment as this node runs it. ConfigError for what this run's clients can't train with."""
+        if self.quantise is not None:
+            check_format(found.model, self.quantise, f"node-config: quantise is {self.quantise!r}")
+        if self.engine == "onnx":
+            name = found.settings["rule"]["name"]
+            check_onnx(found, name, "node-config: runtime is 'onnx'")
+        model = replace(found.model, quantise=self.quantise or found.model.quantise)
+        if self.engine == "torch" and self.kit is not None:
+            held = Kit.open(self.kit, check=False).facts.quantise
+            check_format(found.model, held, f"node-config: the kit in {self.kit} holds the base in {held!r}")
+            model = replace(model, name=str(self.kit), quantise=self.quantise or held)
+        return replace(found, model=model)
+
+
+def _format(node_config: Mapping[str, bool | int | float | str]) -> Quantise | None:
+    if "quantise" not in node_config:
+        return None
+    said = node_config["quantise"]
+    for known in FORMATS:
+        if known == said:
+            return known
+    raise ConfigError(f"node-config: quantise is {said!r}; want {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
