@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import process_time
 from typing import Literal
 
@@ -30,10 +32,17 @@ class Case:
 
 
 CASES = (
+    Case("onnx-int8", "onnx", 512, "int8"),
     Case("torch-int8", "torch", 768, "int8", recompute=True),
     Case("torch-nf4", "torch", 768, "nf4", recompute=True),
 )
-TRIES = (Case("try-torch", "torch", 2000, "int8", model="tiny-llama", steps=3),)
+TRIES = (
+    Case("try-torch", "torch", 2000, "int8", model="tiny-llama", steps=3),
+    Case("try-onnx", "onnx", 1000, "int8", model="tiny-llama", steps=3),
+)
+
+WITHOUT = ("torch", "transformers", "peft", "onnx", "onnxscript", "accelerate", "bitsandbytes")
+"""What is not installed on a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +86,44 @@ def settings(case: Case) -> dict[str, object]:
     }
 
 
-def run(case: Case, limit: int | None, timeout: float = 900.0) -> Result:
-    """The case in a process of its own. limit: MB of private memory that the kernel lets it have; None for no limit.
+def kit_of_case(case: Case) -> Path:
+    """The kit that a device would be sent, made here if it was not before."""
+    from fedpeft.config import experiment
+    from fedpeft.run.kits import kit_of
+    from fedpeft.run.node import workshop
+
+    return kit_of(workshop(experiment(settings(case)).settings_json), case.quantise)
+
+
+def without_torch(folder: Path) -> Path:
+    """A folder with links to all packages that are installed here but those that a device has not: for ``run``."""
+    folder.mkdir()
+    for path in (Path(x) for x in sys.path if Path(x).name == "site-packages"):
+        for package in path.iterdir():
+            if package.name.partition("-")[0] not in WITHOUT and not (folder / package.name).exists():
+                (folder / package.name).symlink_to(package)
+    return folder
+
+
+def run(case: Case, limit: int | None, kit: Path | None = None, packages: Path | None = None) -> Result:
+    """The case in a process of its own. limit: MB of private memory that the kernel lets it have; None for no limit;
+    kit: what a client on onnxruntime trains from; packages: all that is installed for it (unset: as here).
 
     BudgetError if it fails.
     """
     surroundings = {n: x for n, x in os.environ.items() if not n.startswith("MALLOC_")}
-    command = [sys.executable, __file__, "child", json.dumps(asdict(case)), str(limit or 0)]
+    surroundings["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable]
+    if packages is not None:
+        surroundings["PYTHONPATH"] += f":{packages}"
+        command += ["-S"]
+    command += [__file__, "child", json.dumps(asdict(case)), str(limit or 0), str(kit or "")]
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
         check=False,
-        timeout=timeout,
+        timeout=900.0,
         env=surroundings | {"OMP_NUM_THREADS": "1"},
     )
     if done.returncode:
@@ -103,8 +137,10 @@ def status(name: str) -> float:
     return int(lines[name].split()[0]) * 1024 / MB
 
 
-def child(case: Case, limit: int) -> Result:
+def child(case: Case, limit: int, kit: str) -> Result:
     """The job in this process, within the limit from the first import on."""
+    if case.runtime == "onnx":
+        assert find_spec("torch") is None, "torch is installed"
     if limit:
         import resource
 
@@ -118,7 +154,8 @@ def child(case: Case, limit: int) -> Result:
     from fedpeft.run import participant
 
     began = process_time()
-    trainer = participant(experiment(settings(case)).settings_json, {"partition-id": 0}).trainer
+    node = {"partition-id": 0} | ({"runtime": "onnx", "kit": kit} if case.runtime == "onnx" else {})
+    trainer = participant(experiment(settings(case)).settings_json, node).trainer
     start = trainer.start()
     loaded, loading = process_time() - began, status("VmHWM")
 
@@ -144,14 +181,18 @@ def child(case: Case, limit: int) -> Result:
     )
 
 
-def measured(case: Case) -> dict[str, object]:
-    """A row: the figures within the budget, those of the same job without a limit, and what half the budget says."""
-    run(case, None)  # so that the packed base is there
-    free = run(case, None)
-    whole = run(replace(case, quantise="none", recompute=False), None)
-    within = run(case, case.budget)
+def measured(case: Case, device: Path) -> dict[str, object]:
+    """A row: the figures within the budget, those of the same job without a limit, and what half the budget says.
+
+    device: the packages of a device without torch.
+    """
+    kit, packages = (kit_of_case(case), device) if case.runtime == "onnx" else (None, None)
+    run(case, None, kit, packages)  # so that the packed base is there
+    free = run(case, None, kit, packages)
+    whole = run(replace(case, runtime="torch", quantise="none", recompute=False), None)
+    within = run(case, case.budget, kit, packages)
     try:
-        run(case, case.budget // 2)
+        run(case, case.budget // 2, kit, packages)
         half = "it trains"
     except BudgetError as error:
         half = str(error)[:100]
@@ -174,7 +215,9 @@ def measured(case: Case) -> dict[str, object]:
 
 def main(cases: tuple[Case, ...]) -> None:
     """A row for each case."""
-    rows = [measured(case) for case in cases]
+    with TemporaryDirectory() as scratch:
+        device = without_torch(Path(scratch) / "packages")
+        rows = [measured(case, device) for case in cases]
     if cases == CASES:
         from measure import save
 
@@ -189,7 +232,7 @@ if __name__ == "__main__":
             main(CASES)
         case ["--try"]:
             main(TRIES)
-        case ["child", which, most]:
-            print(json.dumps(asdict(child(Case(**json.loads(which)), int(most)))))
+        case ["child", which, most, where]:
+            print(json.dumps(asdict(child(Case(**json.loads(which)), int(most), where))))
         case _:
             raise SystemExit("usage: python benchmarks/budget.py [--try]")

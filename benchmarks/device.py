@@ -1,5 +1,5 @@
-"""A client's step on a frozen base in fp32, bf16, int8, nf4 and int4: time, gradients, loss and memory, each in a
-process of its own.  Run: python benchmarks/device.py [--try]
+"""A client's step in torch and in onnxruntime, on a frozen base in fp32, bf16, int8, nf4 and int4: time, gradients,
+loss and memory, each in a process of its own.  Run: python benchmarks/device.py [--try]
 """
 
 import json
@@ -10,17 +10,22 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import process_time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from measure import save
 
-from fedpeft.config import experiment
+from fedpeft.config import Experiment, experiment
+from fedpeft.data import Encoded, Rows, padded
 from fedpeft.rounds import Done, Job, Metrics, Trial
+from fedpeft.run import participant
+from fedpeft.run.kits import kit_of
 from fedpeft.run.node import workshop
-from fedpeft.training.fidelity import gradients
-from fedpeft.training.loop import TorchTrainer
-from fedpeft.training.memory import estimate
+from fedpeft.training.kit import BASE, STEP
+
+if TYPE_CHECKING:
+    from fedpeft.ondevice.trainer import OnnxTrainer
+    from fedpeft.training.loop import TorchTrainer
 
 WAYS = {
     "fp32": ("none", "fp32"),
@@ -28,8 +33,12 @@ WAYS = {
     "int8": ("int8", "fp32"),
     "nf4": ("nf4", "fp32"),
     "int4": ("int4", "fp32"),
+    "onnx fp32": ("none", "fp32"),
+    "onnx int8": ("int8", "fp32"),
+    "onnx nf4": ("nf4", "fp32"),
+    "onnx int4": ("int4", "fp32"),
 }
-"""What the base is held in, and the precision of its arithmetic."""
+"""What the base is held in, and the precision of its arithmetic; in torch, but where it says onnx."""
 
 SEED, TIMED = 1, 5
 
@@ -55,10 +64,10 @@ CASES = {
 REAL, TINY = ("minilm", "smollm2"), ("tiny-bert", "tiny-llama")
 
 
-def trainer(case: Case, way: str) -> TorchTrainer:
+def described(case: Case, way: str) -> Experiment:
     """One client of the case, on one thread."""
     quantise, precision = WAYS[way]
-    found = experiment(
+    return experiment(
         {
             "seed": SEED,
             "model": {"name": case.model, "quantise": quantise},
@@ -79,7 +88,14 @@ def trainer(case: Case, way: str) -> TorchTrainer:
             },
         }
     )
-    return workshop(found.settings_json).trainer
+
+
+def trainer(case: Case, way: str, kit: str) -> "TorchTrainer | OnnxTrainer":
+    """What trains it, and imports nothing that a client of its kind does not."""
+    found = described(case, way)
+    node = {"partition-id": 0} | ({"runtime": "onnx", "kit": kit} if kit else {})
+    made: Any = participant(found.settings_json, node).trainer
+    return made
 
 
 def status(name: str) -> float:
@@ -88,29 +104,45 @@ def status(name: str) -> float:
     return int(lines[name].split()[0]) * 1024 / 1e6
 
 
-def slopes(engine: TorchTrainer) -> dict[str, np.ndarray]:
-    """The adapter's gradients on the client's first rows."""
-    from fedpeft.training.batches import collate
-
+def slopes(engine: "TorchTrainer | OnnxTrainer") -> dict[str, np.ndarray]:
+    """The adapter's gradients on the client's first rows, near its start."""
     rows = engine.rows(0, "train")
-    batch = collate(rows, np.arange(min(8, len(rows))), engine.frozen, engine.training.image_size, engine.place.device)
+    some = np.arange(min(8, len(rows)))
+    from fedpeft.training.batches import collate
+    from fedpeft.training.fidelity import _CHANGE, gradients
+
+    if hasattr(engine, "kit"):
+        return device_slopes(engine, rows, some, _CHANGE)
+    engine.bridge.write(engine.start())
+    batch = collate(rows, some, engine.frozen, engine.training.image_size, engine.place.device)
     found = gradients(engine.frozen, engine.bridge, batch, engine.place)
     return {n: x.cpu().numpy() for n, x in found.items()}
 
 
-def loss(engine: TorchTrainer, adapter: Any) -> float:
+def device_slopes(engine: "OnnxTrainer", rows: Encoded, some: Rows, change: float) -> dict[str, np.ndarray]:
+    """The same, from the graph: at the point where ``fidelity.gradients`` takes them."""
+    start, rng = engine.start(), np.random.default_rng(0)
+    near = start.moved({n: change * rng.standard_normal(x.shape) for n, x in start.tensors().items()})
+    batch = padded(rows.store, rows.index[some], engine.kit.facts.pad, engine.kit.facts.task == "lm")
+    names = list(near.tensors())
+    feeds = {n: x.astype(np.float32) for n, x in near.tensors().items()}
+    losses, *found = engine.graph(STEP).run(batch, feeds, ["losses", *(f"grad/{n}" for n in names)])
+    return {n: x / len(losses) for n, x in zip(names, found, strict=True)}
+
+
+def loss(engine: "TorchTrainer | OnnxTrainer", adapter: Any) -> float:
     """On the client's own rows."""
     (metrics,) = engine.evaluate_many([Trial(0, "train", adapter)])
     assert isinstance(metrics, Metrics), metrics
     return metrics.mean_loss
 
 
-def child(name: str, way: str, out: str) -> dict[str, float]:
+def child(name: str, way: str, out: str, kit: str) -> dict[str, float]:
     """All figures of one way in this process; the gradients go into a file."""
     from dataclasses import replace
 
     case = CASES[name]
-    engine = trainer(case, way)
+    engine = trainer(case, way, kit)
     loading = status("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before, start = status("VmRSS"), engine.start()
@@ -124,19 +156,30 @@ def child(name: str, way: str, out: str) -> dict[str, float]:
     (trained,) = engine.train_many([Job(0, 0, SEED, start)])
     assert isinstance(trained, Done), trained
     peak = status("VmHWM")
-    model, base = engine.bridge.model, engine.frozen
-    held = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
     np.savez(out, **{n.replace("/", "|"): x for n, x in slopes(engine).items()})
     return {
-        "model MB": sum(held.values()) / 1e6,
+        "base MB": held(engine) / 1e6,
         "processor s a step": median(times[1:]),
         "loss before": loss(engine, start),
         "loss after": loss(engine, trained.trained),
         "peak MB loading": loading,
         "resident MB loaded": before,
         "peak MB training": peak,
-        "foretold MB": estimate(base.model.config, base.parameters, start.spec, engine.training, base.quantise) / 1e6,
     }
+
+
+def held(engine: "TorchTrainer | OnnxTrainer") -> int:
+    """Bytes of the frozen base and the adapter."""
+    if hasattr(engine, "kit"):
+        return engine.kit.path(BASE).stat().st_size + sum(x.nbytes for x in engine.start().tensors().values())
+    model = engine.bridge.model
+    return sum({x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}.values())
+
+
+def off(file: Path, reference: Path) -> float:
+    """The largest difference between two files' gradients, as a share of the largest gradient."""
+    x, y = np.load(file), np.load(reference)
+    return float(max(abs(x[n] - y[n]).max() for n in y.files) / max(abs(y[n]).max() for n in y.files))
 
 
 def cosine(file: Path, reference: Path) -> float:
@@ -154,7 +197,9 @@ def main(cases: tuple[str, ...]) -> None:
             first: dict[str, float] = {}
             for way in WAYS:
                 out = Path(scratch) / f"{name}-{way}.npz"
-                command = [sys.executable, __file__, name, way, str(out)]
+                here = workshop(described(CASES[name], way).settings_json)
+                kit = str(kit_of(here, here.found.model.quantise)) if way.startswith("onnx") else ""
+                command = [sys.executable, __file__, name, way, str(out), kit]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     raise SystemExit(f"{name} in {way}: {done.stderr}")
@@ -162,7 +207,10 @@ def main(cases: tuple[str, ...]) -> None:
                 first = first or found
                 ratio = found["processor s a step"] / first["processor s a step"]
                 row = {"model": CASES[name].model, "base": way, **found, "ratio of time to fp32": ratio}
-                rows.append(row | {"gradient cosine": cosine(out, Path(scratch) / f"{name}-fp32.npz")})
+                row["gradient cosine"] = cosine(out, Path(scratch) / f"{name}-fp32.npz")
+                if way.startswith("onnx"):
+                    row["off from torch"] = off(out, Path(scratch) / f"{name}-{way.removeprefix('onnx ')}.npz")
+                rows.append(row)
     if cases == REAL:
         save("device", rows)
     else:
@@ -175,7 +223,7 @@ if __name__ == "__main__":
             main(REAL)
         case ["--try"]:
             main(TINY)
-        case [name, way, out]:
-            print(json.dumps(child(name, way, out)))
+        case [name, way, out, kit]:
+            print(json.dumps(child(name, way, out, kit)))
         case _:
             raise SystemExit("usage: python benchmarks/device.py [--try]")

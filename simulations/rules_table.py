@@ -67,10 +67,11 @@ def best(sweep: Sweep, tried: Mapping[Any, Sequence[History]]) -> Any:
     return max(sorted(tried), key=score)
 
 
-def worst(run: History) -> float:
-    """The mean accuracy of the worst tenth of the clients."""
+def worst(run: History) -> float | None:
+    """The mean accuracy of the worst tenth of the clients; None where clients were not evaluated."""
     assert run.final is not None
-    assert run.final.test is not None
+    if run.final.test is None:
+        return None
     each = sorted(x.accuracy for x in run.final.test.clients.values() if x.accuracy is not None)
     return mean(each[: ceil(len(each) / 10)])
 

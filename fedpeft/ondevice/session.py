@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 
 from fedpeft.data import Padded
 from fedpeft.errors import ConfigError
-from fedpeft.training.kit import STEP, Kit
+from fedpeft.training.kit import BASE, STEP, Kit
 
 _QUIET = 4  # nothing but what ends the process
+_READ = 1  # PROT_READ
 _ALLOCATOR = ((-1, 1 << 17), (-2, 0), (-3, 1 << 17))  # trim threshold, top pad, mmap threshold (glibc's malloc.h)
 
 
@@ -47,6 +49,7 @@ class Graph:
                 f"kit: {file} can't be run by onnxruntime {onnxruntime.__version__}: {why}; install the version that "
                 f"the kit was made for, or export it anew"
             ) from error
+        _never_written(kit.path(BASE))
         graph = cls(session)
         graph._check(str(file), kit, name)
         return graph
@@ -111,6 +114,8 @@ def _options(threads: int, frugal: bool) -> Any:
     # all others; they would also hold two weights expanded where one is, or none.
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # Weights in fp32 are read where the file is mapped; packed for products they would be two copies, forward and back.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
@@ -124,6 +129,22 @@ def _give_back_at_once() -> None:
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         for number, value in _ALLOCATOR:
             ctypes.CDLL(None).mallopt(number, value)
+
+
+def _never_written(file: Path) -> None:
+    """Make this process's maps of a file read-only, where they are known: onnxruntime maps weights to be written.
+
+    Nothing writes them; but what could be written counts as the process's own memory where that is limited
+    (RLIMIT_DATA), and a base is most of it.
+    """
+    if sys.platform != "linux":
+        return
+    c = ctypes.CDLL(None, use_errno=True)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, rights, _, _, _, *name = line.split(maxsplit=5)
+        if rights.startswith("rw") and name and Path(name[0]) == file.resolve():
+            start, stop = (int(x, 16) for x in place.split("-"))
+            c.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _READ)  # one that fails stays as it was
 
 
 def _only_wanted() -> Any:

@@ -31,7 +31,7 @@ def tokenise(kit: Kit, table: Table, length: int, rows: Rows | None = None) -> S
     rows = np.arange(len(table)) if rows is None else rows
     numbers, cuts = rows.tolist(), _tokenizer(kit)
     if facts.task == "classify":
-        cuts.enable_truncation(length)
+        cuts.enable_truncation(length, direction=facts.cuts)
         ids = _ids(cuts, [table.texts[i] for i in numbers], whole=True)
         return joined(ids, rows, table.labels, np.zeros(len(rows), np.bool_), len(table))
     rendered = None if kit.template is None else renderer(kit.template, facts.marks)

@@ -132,8 +132,6 @@ class OnnxTrainer:
         for number, group in enumerate(groups(rows, training, np.random.default_rng(job.seed))):
             slopes, sums = self._slopes(fed, [self._batch(rows.store, rows.index[x]) for x in group], number)
             done += sums
-            if not slopes:  # not one unit in the group
-                continue
             if training.prox:
                 proximal(slopes, now, before, training.prox)
             extra.penalise(slopes, now)
@@ -168,7 +166,9 @@ class OnnxTrainer:
                     slopes[name] += x
                 else:
                     slopes[name] = x
-        scale(slopes.values(), 1 / max(sums.units, 1))
+        if not slopes:  # no unit in all of them, and a mean over none is without gradient, as in torch
+            return {n: np.zeros_like(x) for n, x in fed.values.items()}, sums
+        scale(slopes.values(), 1 / sums.units)
         return slopes, sums
 
     def _measured(self, fed: Fed, rows: Encoded) -> Metrics:

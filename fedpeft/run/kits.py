@@ -12,7 +12,7 @@ from fedpeft.errors import ConfigError
 from fedpeft.flower.packing import digest_of
 from fedpeft.run.runtimes import others
 from fedpeft.training.environment import cache_folder
-from fedpeft.training.kit import MANIFEST, Kit
+from fedpeft.training.kit import FORMAT, MANIFEST, Kit
 from fedpeft.training.settings import Quantise
 from fedpeft.training.whole import link, whole
 
@@ -22,11 +22,18 @@ if TYPE_CHECKING:
 
 def kept_kit(here: "Workshop", quantise: Quantise) -> Path:
     """Where the kit of a workshop's experiment is kept with the base in this format, whether or not it is there."""
+    from fedpeft.training.token_files import wording_of
+
     trainer, training = here.trainer, here.trainer.training
-    start = trainer.start()
+    start, base = trainer.start(), trainer.frozen
+    config = base.model.config.to_dict() | {"_name_or_path": ""}
     made_of = [
         __version__,
+        FORMAT,
         trainer.base,
+        base.name,
+        json.dumps(config, sort_keys=True, default=str),
+        wording_of(base.tokenizer),
         digest_of(start.tensors() | {f"fixed/{name}": x for name, x in start.fixed.items()}),
         quantise,
         training.length,
@@ -40,16 +47,16 @@ def kept_kit(here: "Workshop", quantise: Quantise) -> Path:
 def missing(here: "Workshop") -> list[Quantise]:
     """The formats of the kits that a simulated run's clients need, and that are not there yet."""
     wanted = [x.quantise for x in others(here.found) if x.engine == "onnx"]
-    return [quantise for quantise in wanted if not kept_kit(here, quantise).is_dir()]
+    return [quantise for quantise in wanted if not _is_there(kept_kit(here, quantise))]
 
 
 def kit_of(here: "Workshop", quantise: Quantise, progress: Callable[[str], None] | None = None) -> Path:
-    """The kit, made by an export in this process if it is not there yet, which takes seconds to minutes.
+    """The kit, made by an export in this process if it is not there yet, or is damaged: in seconds to minutes.
 
     progress: told what is going on.
     """
     folder = kept_kit(here, quantise)
-    if not folder.is_dir():
+    if not _is_there(folder):
         from fedpeft.training.export_step import export_step
 
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -70,9 +77,18 @@ def export_kit(
     if found.model.formats and wanted not in found.model.formats:
         raise ConfigError(f"--quantise: got {wanted!r}; want one of model.formats: {', '.join(found.model.formats)}")
     here = without_data(found) if found.fleet.own_data else workshop(found.settings_json)
-    known = kept_kit(here, wanted).is_dir()
+    known = _is_there(kept_kit(here, wanted))
     kept = Kit.open(kit_of(here, wanted, progress))
     with whole(out) as scratch:
         for name in (*kept.files, MANIFEST):
             link(kept.folder / name, scratch / name)
     return Kit.open(out, digest=kept.digest), "kept" if known else "new"
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether a kit that is kept is whole: a process that was killed may have left half of one, a disk worse."""
+    try:
+        Kit.open(folder)
+    except ConfigError:
+        return False
+    return True

@@ -49,7 +49,8 @@ class Workshop:
     def fleet(self) -> Lent:
         """What trains this process's clients: ``trainer``, a kit's, or each client's own."""
         if self.own is not None and self.own.engine == "onnx" and self.own.kit is not None:
-            return on_device(self.found, self.federation, self.own.kit, self.own.quantise)
+            frugal = self.own.frugal or None
+            return on_device(self.found, self.federation, self.own.kit, self.own.quantise, frugal)
         return mixed(self.found, self.federation.clients, self.on) if self.found.simulation.runtimes else self.trainer
 
     @cached_property

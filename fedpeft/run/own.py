@@ -17,11 +17,13 @@ from fedpeft.training.settings import Quantise
 @dataclass(frozen=True, slots=True)
 class Own:
     """engine: "torch" or "onnx"; quantise: what the node holds the base in, if not in the experiment's or the kit's
-    format; kit: the folder that onnxruntime trains from, or that torch has its base from."""
+    format; kit: the folder that onnxruntime trains from, or that torch has its base from; frugal: whether onnxruntime
+    is to give memory back at once, as a node does that says how much it has."""
 
     engine: str = "torch"
     quantise: Quantise | None = None
     kit: Path | None = None
+    frugal: bool = False
 
     @classmethod
     def said(cls, node_config: Mapping[str, bool | int | float | str], settings_json: str = "{}") -> Self:
@@ -45,7 +47,7 @@ class Own:
         if find_spec("onnxruntime") is None:
             which = "runtime is 'onnx'" if has_torch else "torch is not installed here, so that runtime is 'onnx'"
             raise ConfigError(f"node-config: {which}, and onnxruntime is not installed; install fedpeft[onnx]")
-        return cls(engine, quantise, kit_here(node_config, settings_json))
+        return cls(engine, quantise, kit_here(node_config, settings_json), "memory" in node_config)
 
     def settle(self, found: Experiment) -> Experiment:
         """The experiment as this node runs it. ConfigError for what this run's clients can't train with."""

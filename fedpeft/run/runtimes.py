@@ -143,8 +143,15 @@ def _difference(one: Adapter, other: Adapter) -> str:
     return "its scales"
 
 
-def on_device(found: Experiment, federation: Federation, folder: Path, quantise: str | None = None) -> Lent:
-    """A trainer on onnxruntime, from the kit in a folder. quantise: what it must hold the base in, if that was said.
+def on_device(
+    found: Experiment,
+    federation: Federation,
+    folder: Path,
+    quantise: str | None = None,
+    frugal: bool | None = None,
+) -> Lent:
+    """A trainer on onnxruntime, from the kit in a folder. quantise: what it must hold the base in, if that was said;
+    frugal: as ``OnnxTrainer.open`` has it.
 
     ConfigError for a kit that is damaged, or that this run's clients can't train from.
     """
@@ -158,4 +165,4 @@ def on_device(found: Experiment, federation: Federation, folder: Path, quantise:
             f"left out, or another kit"
         )
     check_format(found.model, held, f"the kit in {folder} holds the base in {held!r}")
-    return OnnxTrainer.open(kit, found.training, federation, found.model, found.training.threads, found.adapter)
+    return OnnxTrainer.open(kit, found.training, federation, found.model, found.training.threads, found.adapter, frugal)

@@ -83,6 +83,11 @@ def _refuse(trainer: TorchTrainer) -> None:
     if not trainer.frozen.words.is_fast:
         kind = type(trainer.frozen.words).__name__
         raise ConfigError(f"model.name: its {kind} runs in Python; kits want a tokenizer.json: choose another model")
+    if trainer.frozen.words.split_special_tokens:
+        raise ConfigError(
+            "model.name: its tokenizer has split_special_tokens, which a tokenizer.json does not; want it left out of "
+            "tokenizer_config.json, or torch"
+        )
 
 
 def _base(base: Base, bridge: Bridge, file: Path) -> PackedFile:
@@ -108,6 +113,8 @@ def _check(trainer: TorchTrainer, folder: Path, trains: str) -> dict[str, float]
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.enable_mem_reuse = False  # whose plan takes most of a minute for 30 layers
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     step, evaluate = (
         onnxruntime.InferenceSession(str(folder / n), options, providers=["CPUExecutionProvider"])
         for n in (STEP, EVALUATE)
@@ -235,6 +242,7 @@ def _facts(
         vocabulary=base.vocabulary,
         packed=tuple((x.name, x.format, x.columns, x.transposed) for x in file.held),
         fresh=base.fresh,
+        cuts="left" if words.truncation_side == "left" else "right",
         marks=marks,
         checked=dict(checked),
     )

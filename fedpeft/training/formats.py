@@ -166,7 +166,7 @@ def packed_fingerprint(plain: str, quantise: str, formats: Sequence[str] = ()) -
     formats: where clients may hold one base in several, these, and then the fingerprint is the same for all of them.
     """
     if formats:
-        return _digest(plain, "any of", *sorted(formats), str(_PACKING))
+        return _digest(plain, "any of", *sorted({*formats}), str(_PACKING))
     return plain if quantise == "none" else _digest(plain, quantise, str(_PACKING))
 
 

@@ -43,9 +43,10 @@ def walk(job: Job, rows: Encoded, training: Training, losses: Callable[[Tensors,
             sides.append(sum((losses(tensors, batch) for batch in group), Metrics()))
         ahead, behind = sides
         told += Metrics((ahead.loss + behind.loss) / 2, ahead.units, (ahead.correct + behind.correct) / 2)
-        slope = (ahead.mean_loss - behind.mean_loss) / (2 * pool.epsilon)
+        rise = ahead.mean_loss - behind.mean_loss if ahead.units else 0.0  # of texts of one token there is no loss
+        slope = rise / (2 * pool.epsilon)
         if not isfinite(slope):
-            raise FloatingPointError(diverged(ahead.loss, number + 1))
+            raise FloatingPointError(diverged(ahead.loss + behind.loss, number + 1))
         slope += training.prox * float(((now - start) * z).sum())
         if training.clip is not None:
             slope = min(max(slope, -training.clip), training.clip)

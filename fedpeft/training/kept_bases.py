@@ -97,11 +97,12 @@ class Shelf:
 
 
 def in_kit(name: str, model: Model, method: Method | None, task: Task) -> Source | None:
-    """The base of a kit, if the model's name is a kit's folder. ConfigError where it is not for these settings."""
+    """The base of a kit, if the model's name is a kit's folder. ConfigError where it is not for these settings, or a
+    file is not the kit's: what the manifest says of the base holds for these bytes alone. Cost: one pass over them."""
     folder = Path(name)
     if not (folder / MANIFEST).is_file():
         return None
-    kit = Kit.open(folder, check=False)
+    kit = Kit.open(folder)
     facts = kit.facts
     for key, got, want in (
         ("data.task", task, facts.task),
@@ -113,7 +114,7 @@ def in_kit(name: str, model: Model, method: Method | None, task: Task) -> Source
                 f"{key}: got {got!r}; the kit in {folder} was made for {want!r}: use that, or another kit"
             )
     try:
-        file = read(kit.path(BASE))
+        file = read(kit.path(BASE), check=False)
     except DataError as error:
         raise ConfigError(f"model.name: {error}") from error
     return Source(file, facts.plain, facts.fresh, facts.vocabulary, kit)

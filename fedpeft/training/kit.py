@@ -4,12 +4,15 @@ Importing this file imports neither torch nor onnx.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from hashlib import file_digest, sha256
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -35,6 +38,7 @@ MANIFEST, BASE, STEP, EVALUATE, START = (
 TOKENIZER, TEMPLATE, CONFIG = "tokenizer.json", "chat_template.jinja", "config.json"
 
 _NEEDED = (BASE, STEP, EVALUATE, START, TOKENIZER)
+_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # of a file, on every system and on the wire
 
 PackedAs: TypeAlias = tuple[str, Format, int, bool]
 """A packed matrix: its name in the model, its format, its columns, and whether it is the transpose of the model's."""
@@ -49,6 +53,7 @@ class Facts:
     gradients of a; recompute: whether the graph computes activations again for the backward half; pad: the token that
     fills up; bos, eos: marks around texts that no chat template is for, or empty; marks: what a chat
     template may call "bos_token", "eos_token" and so on; longest: most tokens of a row;
+    cuts: where a text that is to be classified loses what is too long;
     words: rows of the embedding; vocabulary: logits of a position, 0 for
     "classify", and where the head may not be run by itself; packed: matrices that are; fresh:
     parameters that the model's files don't hold; checked: how far the graph was from torch when it was made: "loss",
@@ -73,6 +78,7 @@ class Facts:
     vocabulary: int = 0
     packed: tuple[PackedAs, ...] = ()
     fresh: tuple[str, ...] = ()
+    cuts: Literal["right", "left"] = "right"
     marks: Mapping[str, str] = field(default_factory=dict[str, str])
     checked: Mapping[str, float] = field(default_factory=dict[str, float])
 
@@ -158,6 +164,10 @@ class Kit:
                     f"kit: {file} has {name} of shape {got.get(name, 'none')}; {MANIFEST} wants "
                     f"{want.get(name, 'none')}: {_AGAIN}"
                 )
+        for name, x in tensors.items():
+            if x.dtype != np.float32 or not np.isfinite(x).all():
+                got_kind = "numbers that are not finite" if x.dtype == np.float32 else str(x.dtype)
+                raise ConfigError(f"kit: {file} has {name} in {got_kind}; want finite float32: {_AGAIN}")
         layers = {x.name: LowRank(tensors[f"{x.name}/a"], tensors[f"{x.name}/b"], x.scale) for x in self.spec.layers}
         return Adapter(layers, {n: tensors[n] for n, _ in self.spec.dense}, fixed)
 
@@ -208,10 +218,10 @@ def _read(file: Path, content: bytes) -> tuple[str, Facts, dict[str, tuple[str, 
     """What wrote a manifest, what it says, and its files."""
     try:
         said = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"kit: {file} is not JSON ({error}); {_AGAIN}") from error
     version = said.get("format") if isinstance(said, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise ConfigError(f"kit: {file} says no format; want {FORMAT}: {_AGAIN}")
     made = str(said.get("fedpeft", "an unknown version"))
     if version != FORMAT:
@@ -226,15 +236,13 @@ def _read(file: Path, content: bytes) -> tuple[str, Facts, dict[str, tuple[str, 
             f"install fedpeft {made} here, or export the kit with this version"
         )
     try:
-        files = {n: (str(digest), int(size)) for n, (digest, size) in said["files"].items()}
+        files = {n: _as(tuple[str, int], x, n) for n, x in said["files"].items()}
         kinds = get_type_hints(Facts)
-        values: dict[str, Any] = {
-            n: _spec(said[n]) if kind is Spec else _as(kind, said[n], n) for n, kind in kinds.items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        values: dict[str, Any] = {n: _as(kind, said[n], n) for n, kind in kinds.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"is not a kit's: {error}"
         raise ConfigError(f"kit: {file} {what}; {_AGAIN}") from error
-    if odd := [n for n in files if Path(n).name != n]:
+    if odd := [n for n in files if not _NAME.fullmatch(n)]:
         raise ConfigError(f"kit: {file} names the file {odd[0]!r}; want files of its own folder: {_AGAIN}")
     if missing := [n for n in _NEEDED if n not in files]:
         raise ConfigError(f"kit: {file} names no {missing[0]}; want {', '.join(_NEEDED)}: {_AGAIN}")
@@ -242,8 +250,17 @@ def _read(file: Path, content: bytes) -> tuple[str, Facts, dict[str, tuple[str, 
 
 
 def _spec(said: Mapping[str, Any]) -> Spec:
-    layers = tuple(Layer(str(n), int(d), int(k), int(r), float(scale)) for n, d, k, r, scale in said["layers"])
-    return Spec(layers, tuple((str(n), tuple(int(x) for x in shape)) for n, shape in said["dense"]))
+    """The adapter's shape; TypeError or ValueError for one that no adapter has."""
+    rows = _as(tuple[tuple[str, int, int, int, float], ...], said["layers"], "spec.layers")
+    dense = _as(tuple[tuple[str, tuple[int, ...]], ...], said["dense"], "spec.dense")
+    spec = Spec(tuple(Layer(*x) for x in rows), dense)
+    for x in spec.layers:
+        if min(x.d, x.k, x.rank) < 1 or not isfinite(x.scale):
+            raise ValueError(f"spec.layers: {x.name} is {x.d} x {x.k} of rank {x.rank} and scale {x.scale}")
+    for name, shape in (spec.factors("ab") + spec.leaves).shapes:  # which are named once each
+        if min(shape, default=1) < 0:
+            raise ValueError(f"spec.dense: {name} has shape {shape}")
+    return spec
 
 
 def _as(kind: Any, value: Any, name: str) -> Any:

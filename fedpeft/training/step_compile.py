@@ -1,7 +1,15 @@
 """A training step as plain ONNX graphs, which a runtime without torch, transformers or gradients runs.
 
 The traced step (``step_trace``) is translated one operation at a time (``step_values.OPERATIONS``), so that what runs,
-in which order and what is held in memory is decided here.
+in which order and what is held in memory is decided here. Any runtime of opset 21 may run it. To take little memory
+onnxruntime is told to keep that order (PRIORITY_BASED, without optimisers, whose new nodes run after all others), to
+plan no memory beforehand (``enable_mem_reuse``: most of a minute for 30 layers, and no lower peak) and to read fp32
+weights where they are (``session.disable_prepacking``: else two copies of each); its arena halves the time of a step
+for a few MB more. ``ondevice.session`` does so.
+
+Measured with one thread, SmolLM2 (135 million) with LoRA of rank 8 on q and v, one row of 128 tokens: the process's
+peak is 428 MB in int8 and 379 in int4, for a step of 1.0 s of CPU time, as in torch; 312 and 266 where activations are
+computed again, for 1.5 s. Tracing and writing take half a minute.
 """
 
 import operator
@@ -37,8 +45,12 @@ def compile_step(
     computed again in the backward half, which takes longer and less memory.
     ConfigError, naming model.name, for a model with an operation that has no translation.
     """
-    traced = trace(base, bridge, trains)
-    graph, values = translate(traced, Stored(weights), type(base.model).__name__)
+    write_step(trace(base, bridge, trains), Stored(weights), type(base.model).__name__, recompute, folder)
+
+
+def write_step(traced: Traced, weights: Stored, model: str, recompute: bool, folder: Path) -> None:
+    """What ``compile_step`` does with a traced step. model: its name, for errors."""
+    graph, values = translate(traced, weights, model)
     inputs = [_info(n, TensorProto.INT64 if n in WHOLE else TensorProto.FLOAT, x) for n, x in traced.shapes.items()]
     units = traced.shapes["targets"]
     outputs = [_info("losses", TensorProto.FLOAT, units), _info("hits", TensorProto.BOOL, units)]

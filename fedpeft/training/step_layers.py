@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -67,11 +68,17 @@ def _nll_backward(t: Translation, node: fx.Node, slope: fx.Node, logs: fx.Node, 
 
 @of("aten.native_layer_norm.default")
 def _layer_norm(
-    t: Translation, node: fx.Node, x: fx.Node, shape: Sequence[int], weight: fx.Node, bias: fx.Node, epsilon: float
+    t: Translation,
+    node: fx.Node,
+    x: fx.Node,
+    shape: Sequence[int],
+    weight: fx.Node | None,
+    bias: fx.Node | None,
+    epsilon: float,
 ) -> Value:
-    names = [t.full(y) for y in (x, weight, bias) if y is not None]
-    outs = t.graph.ops("LayerNormalization", 3, *names, axis=-len(shape), epsilon=epsilon)
-    return outs
+    scale = t.graph.constant(np.ones(shape, np.float32)) if weight is None else t.full(weight)
+    more = [] if bias is None else [t.full(bias)]
+    return t.graph.ops("LayerNormalization", 3, t.full(x), scale, *more, axis=-len(shape), epsilon=epsilon)
 
 
 @of("aten.native_layer_norm_backward.default")

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from fedpeft.training.step_graph import Size, Sizes
-from fedpeft.training.step_values import KINDS, Flipped, Placed, Translation, Value, Weight, expression, of
+from fedpeft.training.step_graph import Size
+from fedpeft.training.step_values import KINDS, Flipped, Placed, Translation, Value, Weight, broadcast, expression, of
 
 _END = 2**62  # what torch writes for the end of an axis is beyond it
 
@@ -65,7 +65,8 @@ def _transpose(t: Translation, node: fx.Node, x: fx.Node, first: int, second: in
 
 @of("aten.permute.default")
 def _permute(t: Translation, node: fx.Node, x: fx.Node, order: Sequence[int]) -> Value:
-    return _permuted(t, x, [i % len(order) for i in order])
+    where = [i % len(order) for i in order]
+    return flipped(t, x) if where == [1, 0] else _permuted(t, x, where)
 
 
 def flipped(t: Translation, x: fx.Node) -> Value:
@@ -194,30 +195,28 @@ def _index(t: Translation, node: fx.Node, x: fx.Node, indices: Sequence[fx.Node 
     if len(some) == 1:
         axis, index = some[0]
         return t.graph.op("Gather", t.full(x), t.full(index), axis=axis)
-    return t.graph.op("GatherND", t.full(x), _places(t, indices, t.shape(node)))
+    return t.graph.op("GatherND", t.full(x), _places(t, indices))
 
 
 @of("aten.index_put.default", "aten._unsafe_index_put.default")
 def _index_put(
     t: Translation, node: fx.Node, x: fx.Node, indices: Sequence[fx.Node | None], values: fx.Node, adds: bool
 ) -> Value:
-    some = [y for y in indices if y is not None]
-    shape = t.shape(some[0]) if len(some) == 1 else None
-    rest = t.shape(x)[len(indices) :]
-    many = t.shape(values)
-    where = _places(t, indices, shape or many[: len(many) - len(rest)])
-    return t.graph.op("ScatterND", t.full(x), where, t.full(values), reduction="add" if adds else "none")
+    where = _places(t, indices)
+    new = t.graph.expand(t.loose(values), (*t.graph.shapes[where][:-1], *t.shape(x)[len(indices) :]))
+    return t.graph.op("ScatterND", t.full(x), where, new, reduction="add" if adds else "none")
 
 
-def _places(t: Translation, indices: Sequence[fx.Node | None], shape: Sizes) -> str:
-    """Indices of the leading axes, broadcast to a shape, as (…, axes)."""
-    columns = []
-    for x in indices:
-        if x is None:
-            raise NotImplementedError("indices of axes that are not the first ones")
-        name = t.cast(t.loose(x), t.dtype(x), torch.int64)
-        columns.append(t.graph.reshape(t.graph.expand(name, shape), (*shape, 1)))
-    return columns[0] if len(columns) == 1 else t.graph.op("Concat", *columns, axis=-1)
+def _places(t: Translation, indices: Sequence[fx.Node | None]) -> str:
+    """Indices of the leading axes, broadcast, as (…, axes)."""
+    if None in indices:
+        raise NotImplementedError("indices of axes that are not the first ones")
+    names = [t.cast(t.loose(x), t.dtype(x), torch.int64) for x in indices if x is not None]
+    shape = broadcast([t.graph.shapes[x] for x in names])
+    columns = [t.graph.reshape(t.graph.expand(x, shape), (*shape, 1)) for x in names]
+    where = columns[0] if len(columns) == 1 else t.graph.op("Concat", *columns, axis=-1)
+    t.graph.shapes[where] = (*shape, len(columns))
+    return where
 
 
 @of("aten.embedding_dense_backward.default")

@@ -139,12 +139,8 @@ def trace(base: Base, bridge: Bridge, trains: str) -> Traced:
             raise ConfigError(f"adapter: the loss of {type(base.model).__name__} does not depend on {unused[0]}")
         return [losses, hits, *(x for x in slopes if x is not None)]
 
-    with _still(base, bridge), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = make_fx(step, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
-            *given.values(), *frozen.values(), *buffers.values()
-        )
-    made.graph.eliminate_dead_code()
+    with _still(base, bridge):
+        made = _recorded(step, [*given.values(), *frozen.values(), *buffers.values()], type(base.model).__name__)
     found = dict(zip(order, (x.name for x in made.graph.nodes if x.op == "placeholder"), strict=True))
     return Traced(
         made,
@@ -154,6 +150,23 @@ def trace(base: Base, bridge: Bridge, trains: str) -> Traced:
         ("losses", "hits", *(f"grad/{n}" for n in trained)),
         shapes,
     )
+
+
+def _recorded(step: Callable[..., list[Tensor]], tensors: Sequence[Tensor], model: str) -> torch.fx.GraphModule:
+    """The operations of a function of stand-ins. model: its name, for errors."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = make_fx(step, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*tensors)
+    except ConfigError:
+        raise
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"model.name: {model} can't be traced for any batch: {why}; use clients with torch, or another model"
+        ) from error
+    made.graph.eliminate_dead_code()
+    return made
 
 
 def own_name(name: str) -> str:

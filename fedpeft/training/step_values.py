@@ -112,9 +112,9 @@ class Translation:
         if isinstance(x, fx.Node) and isinstance(x.meta["val"], torch.Tensor):
             return self.cast(self.loose(x), self.dtype(x), dtype)
         if isinstance(x, fx.Node):
-            name = self.cast(self.graph.size(expression(x.meta["val"])), torch.int64, dtype)
+            name = self.graph.size(expression(x.meta["val"]))
             self.graph.shapes[name] = (1,)
-            return name
+            return self.cast(name, torch.int64, dtype)
         return self.number(x, dtype)
 
     def cast(self, name: str, have: torch.dtype, want: torch.dtype) -> str:

@@ -119,9 +119,8 @@ class Stored:
                 if held is None
                 else self._expanded(g, held, after, start, stop)
             )
-            matrix = g.op(
-                "Reshape", matrix, g.integers([0, 0])
-            )  # one reader of what is expanded, else it is done twice
+            # what is expanded has one reader, and that as many as it likes: else onnxruntime expands it for each
+            matrix = g.op("Reshape", matrix, g.integers([0, 0]))
             more = [] if bias is None else [g.op("Slice", bias, *(g.integers([i]) for i in (start, stop, 0)))]
             logits = g.op("Gemm", hidden, matrix, *more, transB=1)
             largest = g.op("ReduceMax", logits, g.integers([1]), keepdims=1)
@@ -150,7 +149,9 @@ class Stored:
         return next((x for x in self.file.held if x.name == name), None)
 
     def _plain(self, graph: Graph, name: str) -> str:
-        x = self.file.tensors[name]
+        x = self.file.tensors.get(name)
+        if x is None:
+            raise NotImplementedError(f"{name}, which {self.file.path.name} does not hold")
         return graph.external(name, _WHOLE[x.dtype], x.shape, *self.file.places[name])
 
     def _slice(self, graph: Graph, name: str, kind: int, start: int, stop: int, columns: int = 0) -> str:
@@ -159,7 +160,7 @@ class Stored:
         shape = (shape[0], columns) if columns else shape
         offset, _ = self.file.places[name]
         row = prod(shape[1:]) * _BITS[kind] // 8
-        part = "" if shape[0] == len(self.file.tensors[name]) else f".{start}"
+        part = "" if shape[0] == len(self.file.tensors[name]) else f".{start}-{stop}"
         return graph.external(
             f"{name}.{TensorProto.DataType.Name(kind).lower()}{part}", kind, shape, offset + start * row, row * shape[0]
         )

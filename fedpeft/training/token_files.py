@@ -78,8 +78,8 @@ def write(file: Path, store: Store) -> None:
 
 def _key(table: Table, tokenizer: PreTrainedTokenizerBase, length: int, rows: Rows) -> str | None:
     """What decides a store's content, as a file's name; None for a tokenizer whose content can't be told."""
-    words = _content(tokenizer)
-    if words is None:
+    words = wording_of(tokenizer)
+    if not words or "strftime_now" in json.dumps(tokenizer.chat_template):
         return None
     lines = (
         f"format {_FORMAT}, transformers {transformers.__version__}, tokenizers {tokenizers.__version__}",
@@ -90,17 +90,20 @@ def _key(table: Table, tokenizer: PreTrainedTokenizerBase, length: int, rows: Ro
     return sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _content(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A digest of all that turns a text into ids: vocabulary, rules, marks, chat template; not where it came from."""
-    template = json.dumps(tokenizer.chat_template)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast) or "strftime_now" in template:
-        return None
+def wording_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A digest of all that turns a text into ids: vocabulary, rules, marks, chat template; not where it came from.
+
+    Empty where there is none, or where it runs in Python and its content can't be told.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return ""
     rules = tokenizer.backend_tokenizer
     rules.no_truncation()  # what the last call left there; each call sets its own
     rules.no_padding()
     marks = json.dumps({name: str(x) for name, x in tokenizer.special_tokens_map.items()}, sort_keys=True)
     kind = f"{type(tokenizer).__name__} {tokenizer.truncation_side} {tokenizer.split_special_tokens}"
-    return sha256("\n".join((kind, marks, template, rules.to_str())).encode()).hexdigest()
+    lines = (kind, marks, json.dumps(tokenizer.chat_template), rules.to_str())
+    return sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _tidy(folder: Path) -> None:

@@ -67,7 +67,7 @@ def test_changes_from_the_command_line_are_toml_or_text():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[rule]\nname = "fedavg"', "rule.name: got 'fedavg'; want one of fedex, fedit, fedrot, fedsa, fedsb,"),
+        ('[rule]\nname = "fedavg"', "rule.name: got 'fedavg'; want one of fedex, fedit, fedkseed, fedrot,"),
         ("[server]\nmomentum = 0.9", "server.momentum: no such key; averaging has lr"),
         ("[training]\nlearning_rate = 0.9", "training.learning_rate: no such key;"),
         ("[training]\nlr = '0.1'", "training.lr: got '0.1'; want a number"),

@@ -52,6 +52,9 @@ def test_rows_have_the_ids_that_transformers_gives_them(kits, federations, tmp_p
     words.padding_side = "right"
     table = load(Source(data)) if data else federations[task].table
     kit = kit_of(words, kits[task], tmp_path)
+    if lengths == (9,):
+        words.truncation_side = "left"
+        kit = replace(kit, facts=replace(kit.facts, cuts="left"))
     rows = np.arange(0, len(table), max(1, len(table) // 80))
     base = SimpleNamespace(task=task, words=words)
     for length in lengths:

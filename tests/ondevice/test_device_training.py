@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedpeft.adapters import Adapter, Basis, LowRank, Pool, cored, same
-from fedpeft.data import Encoded
+from fedpeft.data import Encoded, joined
 from fedpeft.errors import ConfigError
 from fedpeft.ondevice.session import Graph
 from fedpeft.ondevice.trainer import OnnxTrainer
@@ -205,6 +205,18 @@ def test_a_client_whose_rows_were_all_cut_is_told_so(opened):
     trainer = opened("lm", replace(SGD, length=2))
     [found] = trainer.train_many([Job(0, 0, 1, trainer.start())])
     assert found == Failed("client 0: no rows to train on: all 9 were cut before their reply; raise training.length")
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_a_step_on_texts_of_one_token_goes_on_without_a_gradient_as_in_torch(opened, optimiser):
+    momentum = 0.5 if optimiser == "sgd" else 0.0
+    training = replace(SGD, optimiser=optimiser, batch=1, epochs=1, momentum=momentum, prox=0.4, weight_decay=0.1)
+    trainer = opened("lm", training)
+    store, rows = trainer.store, trainer.rows(1, "train").index
+    short = [store.row(i)[:1] if i in rows[::2] else store.row(i) for i in range(len(store))]
+    trainer._store = joined(short, np.arange(len(store)), store.targets, np.zeros(len(store), bool), len(store))
+    found = need_torchs(trainer, Job(1, 0, 8, trainer.start()))
+    assert found.metrics.units == sum(len(store.row(i)) - store.targets[i] for i in rows[1::2])
 
 
 def test_a_graph_without_gradients_of_a_trains_b_alone(tmp_path, federations):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fedpeft.adapters import same
 from fedpeft.errors import ConfigError
@@ -45,6 +46,7 @@ def test_every_fact_survives_the_way_through_the_file(kit):
         packed=(("q.weight", "int4", 7, True), ("embed", "int8", 6, False)),
         fresh=("head",),
         recompute=True,
+        cuts="left",
         checked={"loss": 1e-7, "gradient": 2},
     )
     digest = write_manifest(kit.folder, facts)
@@ -91,12 +93,24 @@ def test_a_damaged_file_is_named_with_what_to_do(kit, name):
         ({"packed": [["q", "int8", 7]]}, "is not a kit's"),
         ({"packed": [["q", "int7", 7, False]]}, "packed: got 'int7'"),
         ({"spec": {"layers": [["q", 6, 7, 4]], "dense": []}}, "is not a kit's"),
+        ({"spec": {"layers": [["q", 6, 7, 4, float("nan")]], "dense": []}}, "q is 6 x 7 of rank 4 and scale nan"),
+        ({"spec": {"layers": [["q", 6, 7, 0, 0.5]], "dense": []}}, "q is 6 x 7 of rank 0 and scale 0.5"),
+        ({"spec": {"layers": [["q", 6, 7, 4.5, 0.5]], "dense": []}}, "spec.layers: got 4.5"),
+        ({"spec": {"layers": [["q", 6, 7, 4, 0.5]] * 2, "dense": []}}, "names each tensor once; got twice: .'q/a'"),
+        ({"spec": {"layers": [], "dense": [["head", [3, -2]]]}}, r"spec.dense: head has shape \(3, -2\)"),
+        ({"format": True}, "says no format; want 1"),
+        ({"cuts": "middle"}, "cuts: got 'middle'"),
         ({"files": {}}, "names no base.safetensors; want"),
         (
             {"files": {"../kit/step.onnx": ["", 1]}},
             r"names the file '\.\./kit/step.onnx'; want files of its own",
         ),
         ({"files": [1]}, "is not a kit's"),
+        ({"files": {"step.onnx": ["", float("inf")]}}, "step.onnx: got inf"),
+        ({"files": {"..": ["", 1]}}, r"names the file '\.\.'; want files of its own"),
+        ({"files": {"/etc/passwd": ["", 1]}}, "names the file '/etc/passwd'; want files of its own"),
+        ({"files": {"..\\step.onnx": ["", 1]}}, "names the file .*; want files of its own"),
+        ({"files": {"a\0b": ["", 1]}}, "names the file .*; want files of its own"),
     ],
 )
 def test_a_manifest_that_can_not_be_used_says_why(kit, changes, text):
@@ -109,6 +123,9 @@ def test_a_folder_without_a_manifest_is_no_kit(tmp_path, kit):
     with pytest.raises(ConfigError, match=r"there is no kit.json in .*elsewhere.* want a folder that `fedpeft export"):
         Kit.open(tmp_path / "elsewhere")
     (kit.folder / "kit.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        Kit.open(kit.folder)
+    (kit.folder / "kit.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="is not JSON"):
         Kit.open(kit.folder)
     (kit.folder / "kit.json").write_text("[]")
@@ -124,6 +141,21 @@ def test_the_start_must_be_of_the_specs_shapes(kit):
     (kit.folder / "start.safetensors").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r"start.safetensors can't be read"):
         kit.start()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda x: x.astype(np.float64), "in float64; want finite float32"),
+        (lambda x: np.where(x == x.max(), np.float32("nan"), x), "in numbers that are not finite; want finite"),
+    ],
+)
+def test_the_start_must_be_finite_fp32(kit, spoil, text):
+    tensors = start("classify").tensors()
+    save_file(tensors | {"q/b": spoil(tensors["q/b"])}, kit.folder / "start.safetensors")
+    write_manifest(kit.folder, kit.facts)
+    with pytest.raises(ConfigError, match=f"start.safetensors has q/b {text}"):
+        Kit.open(kit.folder).start()
 
 
 def test_files_are_asked_for_by_their_names(kit):

@@ -3,13 +3,16 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from fedpeft.config import experiment
+from fedpeft.data import Table
+from fedpeft.data import own as whole
 from fedpeft.errors import ConfigError
 from fedpeft.run import own
 from fedpeft.run.needs import fitting_on_device
-from fedpeft.run.node import participant
+from fedpeft.run.node import Workshop, participant
 from fedpeft.run.own import Own
 from fedpeft.run.runtimes import on_device
 from fedpeft.training.kit import CONFIG
@@ -89,6 +92,19 @@ def test_a_node_without_torch_need_not_say_so_and_is_told_what_it_lacks(lacking,
     assert Own.said({}) == Own()
     with pytest.raises(ConfigError, match=r"^node-config: runtime is 'onnx', and onnxruntime is not installed"):
         Own.said({"runtime": "onnx", "kit": str(tmp_path)})
+
+
+def test_a_node_that_says_its_memory_gives_it_back_at_once(lacking, tmp_path):
+    lacking("torch")
+    kit = small_kit.write(tmp_path)
+    found = experiment(json.loads(settings(model={"name": "by-hand"})))
+    table = Table("classify", ("a b",) * 3, np.arange(3), small_kit.CLASSES)
+    federation = whole(table, found.split, 1)
+    for config, frugal in (({}, False), ({"memory": "512MB"}, True)):
+        mine = Own.said({"kit": str(kit.folder), **config})
+        assert Workshop(found, federation, mine).fleet.frugal is frugal
+    lacking()
+    assert Own.said({"memory": "512MB"}) == Own()
 
 
 def test_a_kit_in_another_format_than_the_node_says_or_the_run_has_is_refused(tmp_path):

@@ -243,7 +243,9 @@ def test_clients_of_buffered_rounds_have_ranks_of_their_own_and_a_resumed_run_en
     assert h.bytes_down < history(tmp_path / "equal").bytes_down
 
 
-def test_a_node_says_its_own_rank(tmp_path):
+def test_a_node_says_its_own_rank(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedpeft.run.plan.sparing", lambda: None)  # which is for this process as a whole
+
     def said(ranks, client=0, **config):
         found = experiment(settings(tmp_path, ranks))
         state = {"partition-id": client, "state": str(tmp_path / "state")}
@@ -253,7 +255,9 @@ def test_a_node_says_its_own_rank(tmp_path):
     assert said({"name": "whole"}, rank=4) is None
     assert said(LEVELS, rank=4) is None
     assert (said(column), said(column, 7), said(column, rank=7)) == (3, 5, 7)
-    assert (said(memory), said(memory, memory="1MB"), said(memory, memory=1e15), said(memory, rank=3)) == (8, 2, 8, 3)
+    assert (said(memory), said(memory, memory=1e15), said(memory, rank=3)) == (8, 8, 3)
+    with pytest.raises(ConfigError, match=r"^plan: nothing fits in 1 MB; the least is \d+ MB, \d+ MB more, with "):
+        said(memory, memory="1MB")
     for wrong in (0, 9, "4", True):
         with pytest.raises(ConfigError, match=rf"^node-config: rank is {wrong!r}; want 1 to 8, the server's"):
             said(column, rank=wrong)

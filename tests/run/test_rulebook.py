@@ -9,7 +9,8 @@ from fedpeft.cli import app
 from fedpeft.config import experiment, known_rules
 from fedpeft.config.rules import RULES
 from fedpeft.errors import ConfigError
-from fedpeft.run.rulebook import HEADS, LEGEND, describe, make, markdown, page, rulebook
+from fedpeft.run import rulebook as book
+from fedpeft.run.rulebook import HEADS, LEGEND, describe, facts, make, markdown, page, rulebook
 
 DOCS = Path(__file__).parents[2] / "docs" / "rules.md"
 SETTINGS = {
@@ -18,6 +19,15 @@ SETTINGS = {
     "partition": {"name": "iid", "clients": 2},
     "adapter": {"rank": 4, "targets": ["query", "intermediate.dense"]},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _facts_once():
+    """The facts of a rule are tried out, which takes seconds for all of them: once for all tables made here."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(book, "facts", lambda rule: found.get(repr(rule)) or found.setdefault(repr(rule), facts(rule)))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +90,6 @@ def test_a_narrow_terminal_leaves_out_what_rules_do(monkeypatch, rows):
     from rich.console import Console
 
     from fedpeft import cli
-    from fedpeft.run import rulebook as book
 
     monkeypatch.setattr(book, "rulebook", lambda found: rows)
     for width, is_told in ((139, False), (140, True)):
@@ -93,8 +102,6 @@ def test_a_narrow_terminal_leaves_out_what_rules_do(monkeypatch, rows):
 
 
 def test_with_an_experiment_the_command_speaks_of_bytes(monkeypatch, rows, tmp_path):
-    from fedpeft.run import rulebook as book
-
     monkeypatch.setattr(book, "rulebook", lambda found: rows if found.adapter.rank == 3 else [])
     (tmp_path / "x.toml").write_text("[data]\nname = 'wiki11'\n[adapter]\nrank = 3\n", encoding="utf8")
     shown = CliRunner().invoke(app, ["rules", str(tmp_path / "x.toml")]).output

@@ -9,7 +9,7 @@ from fedpeft.errors import ConfigError
 from fedpeft.training import bases, export_step, step_compile
 from fedpeft.training.kit import Kit
 from fedpeft.training.loop import TorchTrainer
-from fedpeft.training.packed_file import read
+from fedpeft.training.packed_file import read, write
 from fedpeft.training.settings import Method, Model
 from tests.training.cohort_cases import LINEARS, SGD, federation, jobs, table
 from tests.training.peft_cases import PEFT_WARNINGS
@@ -106,7 +106,19 @@ def test_a_damaged_base_is_refused(made, tmp_path):
     raw = bytearray((tmp_path / "base.safetensors").read_bytes())
     raw[-1] ^= 1
     (tmp_path / "base.safetensors").write_bytes(raw)
-    with pytest.raises(ConfigError, match=r"model\.name: .*base\.safetensors.*damaged"):
+    with pytest.raises(ConfigError, match=r"base\.safetensors has SHA-256 .*damaged, or another kit's"):
+        load(kit.facts.model, kit.facts.quantise, str(tmp_path))
+
+
+def test_a_base_of_another_model_is_refused_though_it_is_whole_and_of_this_shape(made, tmp_path):
+    _, kit = made
+    for file in kit.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    base = read(kit.path("base.safetensors"))
+    content = {x.name: base.matrix(x) for x in base.held} | {n: 2 * x for n, x in base.whole.items()}
+    write(tmp_path / "base.safetensors", content, frozenset(x.name for x in base.held if x.transposed), base.facts)
+    read(tmp_path / "base.safetensors")
+    with pytest.raises(ConfigError, match=r"base\.safetensors has .*another kit's|base\.safetensors has .* bytes"):
         load(kit.facts.model, kit.facts.quantise, str(tmp_path))
 
 

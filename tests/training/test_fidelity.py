@@ -259,6 +259,9 @@ def test_the_fingerprint_says_the_format_and_the_plain_one_is_as_ever(format):
     assert packed_fingerprint(plain, "none") == plain
     assert len({packed_fingerprint(plain, x) for x in FORMATS}) == 3
     assert packed_fingerprint("0" * 64, format) != packed
+    one, other = (packed_fingerprint(plain, x, ("none", format)) for x in ("none", format))
+    assert one == other == packed_fingerprint(plain, format, (format, "none", format))
+    assert one not in {plain, packed, packed_fingerprint(plain, format, (format,))}
 
 
 @pytest.mark.parametrize(("format", "most"), [("int8", 0.36), ("nf4", 0.30), ("int4", 0.30)])

@@ -128,6 +128,22 @@ def test_losses_are_the_means_of_both_sides():
     assert done.metrics.examples == COUNT
 
 
+@pytest.mark.parametrize("prox", [0.0, 0.3])
+def test_a_step_on_texts_that_have_no_loss_is_along_no_gradient(prox):
+    training = replace(WALK, prox=prox, steps=4, batch=1, accumulate=1)
+    without = next(iter(groups(rows(), training, np.random.default_rng(11))))[0].item()
+
+    def losses(tensors, batch):
+        return linear(tensors, batch) if without not in batch.tolist() else Metrics()
+
+    done = walk(job(), rows(), training, losses)
+    left = walk(job(), rows(), replace(training, steps=1), losses)
+    assert np.isfinite(done.moves).all()
+    assert np.any(done.moves)
+    assert not np.any(left.moves)
+    assert (left.metrics.loss, left.metrics.units, left.metrics.examples) == (0, 0, COUNT)
+
+
 def test_a_walk_depends_on_its_job_alone():
     one, two, other = (walk(job(seed=s), rows(), WALK, linear) for s in (11, 11, 12))
     np.testing.assert_array_equal(one.moves, two.moves)
@@ -143,6 +159,9 @@ def test_what_can_not_be_walked_is_refused():
     for value in (np.nan, np.inf):
         with pytest.raises(FloatingPointError, match=r"^the loss is (nan|inf) at step 1: lower training.lr"):
             walk(job(), rows(), WALK, lambda *_, value=value: Metrics(value, 1, 0))
+    batches, sides = len(next(iter(groups(rows(), WALK, np.random.default_rng(11))))), []
+    with pytest.raises(FloatingPointError, match=r"^the loss is inf at step 1"):  # behind, and not ahead
+        walk(job(), rows(), WALK, lambda *_: sides.append(0) or Metrics(2.0 if len(sides) <= batches else np.inf, 1, 0))
     for key, value, want in (("optimiser", "adamw", '"sgd"'), ("momentum", 0.5, "0.0"), ("weight_decay", 0.1, "0.0")):
         training = replace(WALK, **{key: value})
         said = refused(training)
