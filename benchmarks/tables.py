@@ -1,4 +1,4 @@
-"""The tables of README.md, made from results/*.json.  Run: python benchmarks/tables.py
+"""The tables of README.md and docs/plan.md, made from results/*.json.  Run: python benchmarks/tables.py
 
 A line ``<!-- table NAME -->`` or ``<!-- table NAME: PART -->`` is followed by the table of results/NAME.json, and by
 what it was measured with, up to ``<!-- end -->``.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+PAGES = (HERE / "README.md", HERE.parent / "docs" / "plan.md")
 _MISSING = "Not measured yet: "
 _PLACE = re.compile(r"<!-- table (\w+)(?:: ([\w ]+))? -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -74,12 +75,14 @@ def missing(page: str) -> list[str]:
 
 
 def main() -> None:
-    """Write the page again; it fails where a table has no results."""
-    page = HERE / "README.md"
-    text = rendered(page.read_text(encoding="utf8"), HERE / "results")
-    page.write_text(text, encoding="utf8")
-    if missing(text):
-        raise SystemExit(f"no results of {', '.join(missing(text))}; run these scripts first")
+    """Write the pages again; it fails where a table has no results."""
+    lacking: list[str] = []
+    for page in PAGES:
+        text = rendered(page.read_text(encoding="utf8"), HERE / "results")
+        page.write_text(text, encoding="utf8")
+        lacking += missing(text)
+    if lacking:
+        raise SystemExit(f"no results of {', '.join(lacking)}; run these scripts first")
 
 
 if __name__ == "__main__":

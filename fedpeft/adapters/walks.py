@@ -14,6 +14,9 @@ from fedpeft.adapters.layout import Array, Layout, Tensors
 WALK = "walk/"
 """What the names of the fixed tensors of an adapter in this form begin with."""
 
+MOST = 1 << 20
+"""Directions of a pool: what a client that is told of more would have to find room for is no longer few numbers."""
+
 MOVES, _START, _SEED = f"{WALK}moves", f"{WALK}start/", f"{WALK}seed"
 
 
@@ -34,7 +37,7 @@ class Pool:
     def __post_init__(self) -> None:
         for key, good, want in (
             ("seed", self.seed >= 0, "0 or more"),
-            ("size", self.size >= 1, "at least 1 direction"),
+            ("size", 1 <= self.size <= MOST, f"at least 1 direction, and at most {MOST}"),
             ("epsilon", 0 < self.epsilon < np.inf, "more than 0"),
         ):
             if not good:

@@ -126,6 +126,8 @@ def check_onnx(found: "Experiment", rule: str, what: str) -> None:
             f"{what}, and {rule} trains matrices between the two factors, which an exported step has not; want "
             f"another rule.name, such as subspace, or torch"
         )
+    if found.data.task == "image":
+        raise ConfigError(f"{what}, and an exported step is of texts, while data.task is 'image'; want torch")
     for key, is_set, want in (
         ("model.dropout", found.model.dropout, "false"),
         ("adapter.dropout", method.dropout > 0, "0"),

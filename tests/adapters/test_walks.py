@@ -115,7 +115,8 @@ def test_moves_for_another_pool_are_refused(shape):
     ("options", "message"),
     [
         ({"seed": -1}, "seed: got -1; want 0 or more"),
-        ({"size": 0}, "size: got 0; want at least 1 direction"),
+        ({"size": 0}, "size: got 0; want at least 1 direction, and at most 1048576"),
+        ({"size": 1048577}, "size: got 1048577; want at least 1 direction, and at most 1048576"),
         ({"epsilon": 0.0}, "epsilon: got 0.0; want more than 0"),
         ({"epsilon": -1e-3}, "epsilon: got -0.001; want more than 0"),
         ({"epsilon": np.inf}, "epsilon: got inf; want more than 0"),
@@ -130,6 +131,7 @@ def test_a_pool_that_can_not_be_is_refused(options, message):
 def test_the_least_pool_and_what_it_is_if_nothing_is_said():
     assert asdict(Pool(0)) == {"seed": 0, "size": 1024, "epsilon": 1e-3}
     Pool(0, 1, 1e-300)
+    Pool(0, 1048576)
 
 
 def test_an_adapter_keeps_its_start_and_its_moves_add_up():

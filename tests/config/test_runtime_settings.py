@@ -94,6 +94,11 @@ def test_the_seed_says_who_is_on_what_and_not_as_it_says_who_has_which_rank():
             {"adapter": {"method": "ia3"}},
             r"simulation.runtimes: got 'onnx', and an exported step trains plain LoRA; want adapter.method = \"lora\"",
         ),
+        (
+            {"onnx": 1},
+            {"data": {"name": "digits", "task": "image"}},
+            "simulation.runtimes: got 'onnx', and an exported step is of texts, while data.task is 'image'; want torch",
+        ),
         ({"onnx": 1}, {"adapter": {"method": "dora"}}, "simulation.runtimes: got 'onnx', and an exported step trains"),
         (
             {"onnx": 1},

@@ -193,7 +193,6 @@ def test_a_rule_that_sends_less_than_a_sketch_is_not_measured():
     assert played(rule, state, cohort(rule, state)).exactness is None
 
 
-
 @pytest.mark.parametrize("rule", MEASURED.values(), ids=MEASURED)
 def test_one_client_alone_is_met_exactly(rule):
     state = start()
