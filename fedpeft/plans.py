@@ -10,6 +10,8 @@ from rich.table import Table
 
 from fedpeft.terminal import size
 
+PARTS = ("base", "adapter", "activ.", "work")
+
 
 class Data(StrEnum):
     """What `fedpeft plan` is for."""
@@ -56,21 +58,23 @@ def plan(
         is_dialogue = plans.is_dialogue(model) if data is None else data is Data.lm
         wanted = plans.wish(Model(model), Method(), Training(), is_dialogue, engines=engines)
         found = wanted.plan(holds, rate)
+    console, fits = Console(), (found.best, *found.others)
     table = Table(
-        "runtime", "base", "MB", "runtime", "base", "adapter", "activations", "work", "up", "down", "changes", box=None
+        "", *("runs on", "base", "MB"), "[dim]runtime[/]", *(f"[dim]{x}[/]" for x in PARTS), "up", "down", box=None
     )
-    for fit in (found.best, *found.others):
-        parts = (fit.parts.total, fit.parts.runtime, fit.parts.base, fit.parts.adapter, fit.parts.activations)
-        table.add_row(
-            fit.choice.engine,
-            fit.choice.quantise,
-            *(f"{x / 1e6:.0f}" for x in (*parts, fit.parts.work)),
-            size(fit.up),
-            size(fit.down),
-            told(fit.choice, wanted.choice) or "none",
-        )
-    console = Console()
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for number, fit in enumerate(fits, 1):
+        parts = (fit.parts.runtime, fit.parts.base, fit.parts.adapter, fit.parts.activations, fit.parts.work)
+        each = (f"[dim]{x / 1e6:.0f}[/]" for x in parts)
+        base = "fp32" if fit.choice.quantise == "none" else fit.choice.quantise
+        total = f"{fit.parts.total / 1e6:.0f}"
+        table.add_row(f"{number}", fit.choice.engine, base, total, *each, size(fit.up), size(fit.down))
     console.print(table, highlight=False)
+    console.print("MB at the peak, by part in grey; up and down a client and round\n", style="dim", highlight=False)
+    for number, fit in enumerate(fits, 1):
+        changes = told(fit.choice, wanted.choice) or "as it is"
+        console.print(f"{number}: {changes}", highlight=False, markup=False, soft_wrap=True)
     text = plans.lines(found.best.choice, wanted.choice)
     if text:
         console.print(f"\nfor the first of these, in the experiment:\n\n{text}", highlight=False, markup=False)

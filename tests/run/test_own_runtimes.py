@@ -149,14 +149,14 @@ def test_the_rank_of_a_node_on_onnx_is_the_largest_that_fits_by_what_onnxruntime
     }
     (tmp_path / CONFIG).write_text(json.dumps(config), encoding="utf8")
 
-    def fitting(memory, rows=99, **more):
+    def fitting(memory, rows=8, **more):
         return fitting_on_device(kit, Training(**more), (1, 2, 4), rows, memory)
 
     assert fitting(4e9) == 4
     assert fitting(1e6) == 1  # where none fits
     assert {fitting(x) for x in range(100_000_000, 1_000_000_000, 50_000_000)} == {1, 4}
     edge = next(x for x in range(100_000_000, 1_000_000_000, 1_000_000) if fitting(x) == 4)
-    assert edge < 475_000_000  # which torch alone takes
+    assert edge < 455_000_000  # which torch alone takes
     assert fitting(edge - 50_000_000) == 1
     assert fitting(edge - 50_000_000, rows=2) == 4  # of a smaller batch
     (tmp_path / CONFIG).write_text("{", encoding="utf8")

@@ -35,9 +35,10 @@ def run(*arguments):
 def test_the_command_prints_what_fits_and_what_to_write_into_the_experiment():
     done = run("--budget", "2GB", "--model", "tiny-llama")
     assert done.exit_code == 0, done.output
-    assert re.search(r"torch +none +\d+ +455 .* none *\n", done.output)
+    assert re.search(r"^ 1 +torch +fp32 +\d+ +455 .*\n", done.output, re.MULTILINE)
+    assert "\n1: as it is\n" in done.output
     done = run("--budget", "470MB", "--model", "tiny-llama")
-    assert 'runtime="onnx" in the node\'s config' in done.output.splitlines()[1]
+    assert 'runtime="onnx" in the node\'s config' in re.search(r"^1: .*", done.output, re.MULTILINE)[0]
 
 
 def test_an_experiment_that_is_too_large_is_refused_with_the_cheapest_change(tmp_path):
