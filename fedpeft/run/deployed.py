@@ -46,6 +46,7 @@ def serve_run(grid: Grid, run_config: Mapping[str, Scalar], root: Path = Path())
         )
     folder, found = opened(found, path, fresh=False, force=False, carried_by="flower")
     with folder.held():
+        sessions = _sessions(found, run_config)  # first: what it refuses need not load a model
         here = None if found.fleet.own_data else workshop(found.settings_json)
         clients = found.fleet.nodes if here is None else here.federation.clients
         assert clients is not None  # config refuses own_data without fleet.nodes
@@ -54,7 +55,7 @@ def serve_run(grid: Grid, run_config: Mapping[str, Scalar], root: Path = Path())
         if (kit := to_send(found, here or without_data(found), run_config)) is not None:
             grid = Shipping(grid, kit, view.note)
             found = with_kit(found, grid.digest)
-        sessions = _sessions(found, run_config)
+            sessions = _sessions(found, run_config)  # which bind the settings, and so the kit
         record(folder, found, here)
         Coordinator(found, folder, view, sessions=sessions).run(grid, clients)
         if find_spec("torch") is not None:
