@@ -45,6 +45,28 @@ SAMPLE = 100
 
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
+        "Pool.direction",
+        "np.random.PCG64(seed).random_raw(-(-size // 64)).astype('<u8')  →  np.random.PCG64(seed).random_raw(-(-size // 64))",
+    ): "the order of bytes here",
+    ("Pool.direction", "-size // 64  →  -size"): "more bits than are taken",
+    ("Pool.direction", "64  →  63"): "more bits than are taken",
+    ("Pool.direction", "'<u8'  →  'u8'"): "the order of bytes here",
+    ("Pool.moved", "np.flatnonzero(moves).tolist()  →  np.flatnonzero(moves)"): "an index either way",
+    (
+        "Pool.moved",
+        "float(moves[number]) * self.direction(number, now.size)  →  float(moves[number]) / self.direction(number, now.size)",
+    ): "by plus or minus one",
+    ("Pool.moved", "float(moves[number])  →  moves[number]"): "the same number",
+    (
+        "walked",
+        "np.result_type(np.float32, *kinds)  →  np.result_type(*kinds, np.float32)",
+    ): "the order makes no difference",
+    ("retraced", "fixed[_SEED].tolist()  →  fixed[_SEED]"): "an index either way",
+    (
+        "FedKSeed.encode",
+        "same(update.received, update.trained)  →  same(update.trained, update.received)",
+    ): "who equals whom is the same",
+    (
         "LoRAA2.is_for",
         "np.array_equal(sent.task.shared['rank'], [min(rank, _most(sent.task.spec))])  →  "
         "np.array_equal([min(rank, _most(sent.task.spec))], sent.task.shared['rank'])",
