@@ -46,7 +46,7 @@ SAMPLE = 100
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "Pool.direction",
-        "np.random.PCG64(seed).random_raw(-(-size // 64)).astype('<u8')  →  np.random.PCG64(seed).random_raw(-(-size // 64))",
+        "np.random.PCG64(seed).random_raw(-(-size // 64)).astype('<u8')  →  np.random.PCG64(seed).random_raw(-(-size // 64))",  # noqa: E501
     ): "the order of bytes here",
     ("Pool.direction", "-size // 64  →  -size"): "more bits than are taken",
     ("Pool.direction", "64  →  63"): "more bits than are taken",
@@ -54,7 +54,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("Pool.moved", "np.flatnonzero(moves).tolist()  →  np.flatnonzero(moves)"): "an index either way",
     (
         "Pool.moved",
-        "float(moves[number]) * self.direction(number, now.size)  →  float(moves[number]) / self.direction(number, now.size)",
+        "float(moves[number]) * self.direction(number, now.size)  →  float(moves[number]) / self.direction(number, now.size)",  # noqa: E501
     ): "by plus or minus one",
     ("Pool.moved", "float(moves[number])  →  moves[number]"): "the same number",
     (
