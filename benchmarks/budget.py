@@ -92,7 +92,7 @@ def kit_of_case(case: Case) -> Path:
     from fedpeft.run.kits import kit_of
     from fedpeft.run.node import workshop
 
-    return kit_of(workshop(experiment(settings(case)).settings_json), case.quantise)
+    return kit_of(workshop(experiment(settings(case)).settings_json), case.quantise).folder
 
 
 def without_torch(folder: Path) -> Path:
@@ -131,12 +131,6 @@ def run(case: Case, limit: int | None, kit: Path | None = None, packages: Path |
     return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def status(name: str) -> float:
-    """A figure of /proc/self/status, in MB."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024 / MB
-
-
 def child(case: Case, limit: int, kit: str) -> Result:
     """The job in this process, within the limit from the first import on."""
     if case.runtime == "onnx":
@@ -149,6 +143,8 @@ def child(case: Case, limit: int, kit: str) -> Result:
 
     prepare(threads=1)
     sparing()
+    from status import status
+
     from fedpeft.config import experiment
     from fedpeft.rounds import Done, Job, Metrics, Trial
     from fedpeft.run import participant

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from measure import save
+from status import status
 
 from fedpeft.config import Experiment, experiment
 from fedpeft.data import Encoded, Rows, padded
@@ -96,12 +97,6 @@ def trainer(case: Case, way: str, kit: str) -> "TorchTrainer | OnnxTrainer":
     node = {"partition-id": 0} | ({"runtime": "onnx", "kit": kit} if kit else {})
     made: Any = participant(found.settings_json, node).trainer
     return made
-
-
-def status(name: str) -> float:
-    """A figure of /proc/self/status, in MB."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024 / 1e6
 
 
 def slopes(engine: "TorchTrainer | OnnxTrainer") -> dict[str, np.ndarray]:
@@ -198,7 +193,7 @@ def main(cases: tuple[str, ...]) -> None:
             for way in WAYS:
                 out = Path(scratch) / f"{name}-{way}.npz"
                 here = workshop(described(CASES[name], way).settings_json)
-                kit = str(kit_of(here, here.found.model.quantise)) if way.startswith("onnx") else ""
+                kit = str(kit_of(here, here.found.model.quantise).folder) if way.startswith("onnx") else ""
                 command = [sys.executable, __file__, name, way, str(out), kit]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:

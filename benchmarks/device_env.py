@@ -163,7 +163,7 @@ def start(folder: Path, python: str, runtime: str, model: str, quantise: str) ->
     settings.write_text(found.settings_json, encoding="utf8")
     config: dict[str, Any] = {"partition-id": 0, "runtime": runtime, "state": str(folder / "state")}
     if runtime == "onnx":
-        config["kit"] = str(kit_of(workshop(found.settings_json), found.model.quantise))
+        config["kit"] = str(kit_of(workshop(found.settings_json), found.model.quantise).folder)
     code = START % {"app": "app" if runtime == "torch" else "onnx_app"}
     command = [python, "-c", code, str(settings), json.dumps(config)]
     seen: list[dict[str, Sequence[float]]] = []

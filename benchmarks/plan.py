@@ -17,6 +17,7 @@ if len(sys.argv) > 2:  # a child: before anything is imported that allocates
     sparing()
 
 import numpy as np
+from status import status
 
 from fedpeft.config import experiment
 from fedpeft.data import Federation, Table
@@ -163,12 +164,6 @@ def predicted(case: Case) -> dict[str, float]:
     fit = wish(found.model, found.adapter, found.training, case.is_dialogue, 3, case.trains == "ab", (engine,)).fit
     parts = {name: value / 1e6 for name, value in asdict(fit.parts).items()}
     return {"predicted MB": fit.parts.total / 1e6, **parts}
-
-
-def status(name: str) -> float:
-    """A figure of /proc/self/status, in MB."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024 / 1e6
 
 
 def call(arguments: list[str]) -> str:

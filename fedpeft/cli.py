@@ -255,7 +255,7 @@ def doctor(
 ) -> None:
     """What this machine can do: cores, memory, device, measured rates, models and data sets that are here."""
     from fedpeft.data import assets as data_sets
-    from fedpeft.training.environment import facts, models
+    from fedpeft.training.machine import facts, models
 
     found = {**models(), **data_sets()} if assets else {**facts(), **models(), **data_sets()}
     table = Table(show_header=False, box=None)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from math import isfinite
 from typing import TYPE_CHECKING, Literal, Self, TypeAlias, get_args
 
@@ -10,7 +9,7 @@ from fedpeft.adapters import CORES, Spec
 from fedpeft.config.rules import is_dora
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import derive, place
-from fedpeft.rounds.places import whole_parts
+from fedpeft.rounds.places import part_of
 from fedpeft.rules import Task
 from fedpeft.training.settings import Model, Quantise
 
@@ -25,6 +24,11 @@ FORMATS: tuple[Quantise, ...] = get_args(Quantise)
 
 _TRIED = 4
 """Rounds after which rules do again what they have done."""
+
+
+def quantise_of(name: object) -> Quantise | None:
+    """The format of this name; None if there is none."""
+    return next((x for x in FORMATS if x == name), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class Runtime:
         """
         first, _, second = name.partition(" ")
         engine = next((x for x in ENGINES if x == first), None)
-        quantise = next((x for x in FORMATS if x == second), None) if second else default
+        quantise = quantise_of(second) if second else default
         if engine is None or quantise is None:
             raise ValueError(
                 f"got {name!r}; want {' or '.join(ENGINES)}, or one of them and {', '.join(FORMATS)}, such as "
@@ -76,9 +80,7 @@ def dealt(shares: Mapping[str, float], default: Quantise, client: int, clients: 
     The order of the shares makes no difference.
     """
     where, names = place(client, clients, derive(seed, "runtime")), sorted(shares)
-    ends = accumulate(whole_parts([shares[name] for name in names], clients))
-    name = next(name for name, end in zip(names, ends, strict=True) if where < end)
-    return Runtime.of(name, default)
+    return Runtime.of(names[part_of(where, [shares[name] for name in names], clients)], default)
 
 
 def check_runtimes(found: "Experiment", rule: str) -> None:

@@ -8,7 +8,7 @@ from fedpeft.data.sets import SHORT_NAMES, assets, load
 from fedpeft.data.source import Source
 from fedpeft.data.split import Part, Size, Split
 from fedpeft.data.table import Rows, Table, Task
-from fedpeft.data.tokens import ABSENT, CUT, WHOLE, Encoded, Store, dialogue, joined
+from fedpeft.data.tokens import ABSENT, CUT, WHOLE, Encoded, Rendered, Store, dialogue, joined, turns
 
 __all__ = [
     "ABSENT",
@@ -24,6 +24,7 @@ __all__ = [
     "Part",
     "Partitioner",
     "Quantity",
+    "Rendered",
     "Rows",
     "Sampled",
     "Shards",
@@ -42,4 +43,5 @@ __all__ = [
     "order",
     "own",
     "padded",
+    "turns",
 ]

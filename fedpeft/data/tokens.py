@@ -1,12 +1,17 @@
 """Rows as tokens or pixels, made once and shared by all clients, whatever made them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.data.table import Rows
+from fedpeft.errors import ConfigError
+
+Rendered: TypeAlias = Callable[[Sequence[Mapping[str, str]], bool], str]
+"""Of turns, each with "role" and "content", and whether the next one is to be asked for, a chat template's text."""
 
 ABSENT, WHOLE, CUT = range(3)
 """What a store has of a row: nothing; its tokens or pixels; or no more than that truncation would cut all its reply."""
@@ -91,6 +96,25 @@ def joined(ids: Sequence[Sequence[int]], rows: Rows, targets: Rows, cut: NDArray
     state = np.full(total, ABSENT, np.uint8)
     state[rows] = np.where(cut, CUT, WHOLE)
     return Store(tokens, offsets, None, targets, state)
+
+
+def turns(prompt: str, reply: str, bos: str, eos: str, rendered: Rendered | None) -> tuple[str, str]:
+    """What stands before the reply's first token, and the rest: through the chat template where there is one.
+
+    Without one, and for plain text, which has no prompt: prompt and reply a line each, between the tokenizer's marks of
+    begin and end. ConfigError for a template that has something between what asks for a reply and the reply.
+    """
+    if rendered is None or not prompt:
+        line = f"{prompt}\n" if prompt else ""
+        return f"{bos}{line}", f"{reply}{eos}"
+    said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+    before, whole = rendered(said[:1], True), rendered(said, False)
+    if not whole.startswith(before):
+        raise ConfigError(
+            "model.name: the chat template does not put the reply right after its generation prompt, "
+            "so that the reply can't be told from the prompt; choose another model"
+        )
+    return before, whole[len(before) :]
 
 
 def dialogue(

@@ -8,7 +8,8 @@ import numpy as np
 from flwr.app import RecordDict
 
 from fedpeft.errors import ProtocolError
-from fedpeft.flower.kits import MANIFEST, Chunk, Lack, Piece, Place, pack_chunk
+from fedpeft.flower.kits import Chunk, Lack, Piece, Place, pack_chunk
+from fedpeft.training.kit import MANIFEST
 
 _MIB = 1 << 20
 SMALLEST, FIRST, LARGEST = _MIB // 4, 4 * _MIB, 16 * _MIB

@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,14 @@ from flwr.app import RecordDict
 from fedpeft.errors import ProtocolError
 from fedpeft.flower import facts as read
 from fedpeft.flower.packing import Json, Parcel, Tensor, glance, pack, unpack
+from fedpeft.training.kit import MANIFEST, NAME, hashed
 
-MANIFEST = "kit.json"
 LARGEST_MANIFEST = 1 << 24
 MOST_FILES = 64
 KIT_QUERY = "query.kit"
 """The type of the messages that bring a kit."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 _WHY = 500
 
 Place = tuple[str, int]
@@ -180,12 +178,6 @@ def manifest_of(folder: Path) -> tuple[str, Mapping[str, int]]:
     return hashed(folder / MANIFEST), sizes | {name: size for name, (_, size) in files_of(folder).items()}
 
 
-def hashed(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as stream:
-        return file_digest(stream, "sha256").hexdigest()
-
-
 def digest_in(said: object) -> str:
     """A digest that the other side gave. ProtocolError for what is none."""
     if not isinstance(said, str) or not is_digest(said):
@@ -196,6 +188,6 @@ def digest_in(said: object) -> str:
 def _file(said: object) -> str:
     if said == "":
         return ""
-    if not isinstance(said, str) or not _NAME.fullmatch(said) or said.endswith(".part"):
+    if not isinstance(said, str) or not NAME.fullmatch(said) or said.endswith(".part"):
         raise ProtocolError(f"a file of a kit is called {str(said)[:80]!r}; want a plain name")
     return said

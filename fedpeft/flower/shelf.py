@@ -11,19 +11,18 @@ from flwr.app import RecordDict
 from fedpeft.errors import DataError, ProtocolError
 from fedpeft.flower.kits import (
     LARGEST_MANIFEST,
-    MANIFEST,
     WHOLE,
     Chunk,
     Lack,
     Piece,
     digest_in,
     files_of,
-    hashed,
     is_digest,
     pack_lack,
     unpack_chunk,
 )
 from fedpeft.flower.packing import Tensor
+from fedpeft.training.kit import MANIFEST, hashed
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,10 +41,7 @@ class Extra:
 
         ValueError for a penalty on a factor that is not trained, and for a shift of what ``start`` lacks.
         """
-        cuts = objective.cuts if objective.penalty else {}
-        for name in (f"{n}/{part}" for n in cuts for part in "ab"):
-            if name not in trained:
-                raise ValueError(f"a penalty on {name}, which is not trained; want both factors trained, or no penalty")
+        cuts = objective.tails(trained)
         shifts = {n: x.astype(np.float32) for n, x in objective.shift.items()}
         start.put(shifts)  # raises where they don't fit
         return cls(objective.penalty, cuts, {n: x for n, x in shifts.items() if n in trained})

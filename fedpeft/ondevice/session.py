@@ -1,8 +1,6 @@
 """A kit's graph, opened in stock onnxruntime."""
 
 import ctypes
-import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +13,12 @@ from numpy.typing import NDArray
 
 from fedpeft.data import Padded
 from fedpeft.errors import ConfigError
+from fedpeft.training.environment import allocator
 from fedpeft.training.kit import BASE, STEP, Kit
 
 _QUIET = 4  # nothing but what ends the process
 _READ = 1  # PROT_READ
-_ALLOCATOR = ((-1, 1 << 17), (-2, 0), (-3, 1 << 17))  # trim threshold, top pad, mmap threshold (glibc's malloc.h)
+_ALLOCATOR = {-1: 1 << 17, -2: 0, -3: 1 << 17}  # trim threshold, top pad, mmap threshold (glibc's malloc.h)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,11 +85,6 @@ class Graph:
                 )
 
 
-def cores() -> int:
-    """The number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def limited() -> bool:
     """Whether the system limits how much memory this process may reserve."""
     if sys.platform == "win32":
@@ -126,9 +120,7 @@ def _give_back_at_once() -> None:
     What it does else, and still more what ``environment.prepare`` asks of it for torch's sake, leaves holes in its heap
     that double the peak of a step.
     """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        for number, value in _ALLOCATOR:
-            ctypes.CDLL(None).mallopt(number, value)
+    allocator(_ALLOCATOR)
 
 
 def _never_written(file: Path) -> None:

@@ -1,7 +1,7 @@
 """A table's rows as a kit's tokenizer cuts them: the same ids that transformers makes of them."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, NoReturn
@@ -9,14 +9,11 @@ from typing import Any, NoReturn
 import numpy as np
 from tokenizers import Tokenizer
 
-from fedpeft.data import Rows, Store, Table, dialogue, joined
+from fedpeft.data import Rendered, Rows, Store, Table, dialogue, joined, turns
 from fedpeft.errors import ConfigError
 from fedpeft.training.kit import TOKENIZER, Kit
 
 _AT_ONCE = 256  # texts that are tokenised in one go: what tokenizers says of each takes far more room than its ids
-
-Rendered = Callable[[Sequence[Mapping[str, str]], bool], str]
-"""Of turns, each with "role" and "content", and whether the next one is to be asked for, the text."""
 
 
 def tokenise(kit: Kit, table: Table, length: int, rows: Rows | None = None) -> Store:
@@ -35,7 +32,7 @@ def tokenise(kit: Kit, table: Table, length: int, rows: Rows | None = None) -> S
         ids = _ids(cuts, [table.texts[i] for i in numbers], whole=True)
         return joined(ids, rows, table.labels, np.zeros(len(rows), np.bool_), len(table))
     rendered = None if kit.template is None else renderer(kit.template, facts.marks)
-    pairs = [_turns(rendered, facts.bos, facts.eos, table.texts[i], table.replies[i]) for i in numbers]
+    pairs = [turns(table.texts[i], table.replies[i], facts.bos, facts.eos, rendered) for i in numbers]
     return dialogue(pairs, lambda texts: _ids(cuts, texts, whole=False), length, rows, len(table))
 
 
@@ -101,21 +98,3 @@ def _ids(cuts: Tokenizer, texts: Sequence[str], whole: bool) -> list[list[int]]:
     batch = partial(cuts.encode_batch_fast, add_special_tokens=whole)
     parts = (batch(list(texts[i : i + _AT_ONCE])) for i in range(0, len(texts), _AT_ONCE))
     return [x.ids for part in parts for x in part]
-
-
-def _turns(rendered: Rendered | None, bos: str, eos: str, prompt: str, reply: str) -> tuple[str, str]:
-    """What stands before the reply's first token, and the rest: through the chat template where there is one.
-
-    Without one, and for plain text, which has no prompt: prompt and reply a line each, between the marks.
-    """
-    if rendered is None or not prompt:
-        line = f"{prompt}\n" if prompt else ""
-        return f"{bos}{line}", f"{reply}{eos}"
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-    before, whole = rendered(turns[:1], True), rendered(turns, False)
-    if not whole.startswith(before):
-        raise ConfigError(
-            "model.name: the chat template does not put the reply right after its generation prompt, "
-            "so that the reply can't be told from the prompt; choose another model"
-        )
-    return before, whole[len(before) :]

@@ -15,14 +15,15 @@ from fedpeft.errors import ConfigError
 from fedpeft.ondevice.feeds import Fed, need_fit
 from fedpeft.ondevice.objective import Extra
 from fedpeft.ondevice.optimise import clip, optimiser, proximal, scale
-from fedpeft.ondevice.session import Graph, cores, limited
+from fedpeft.ondevice.session import Graph, limited
 from fedpeft.ondevice.tokens import tokenise
 from fedpeft.rounds import Done, Failed, Job, Metrics, Trial
+from fedpeft.training.environment import cores
 from fedpeft.training.formats import of_run, packed_fingerprint
 from fedpeft.training.forward_only import walk
 from fedpeft.training.kit import EVALUATE, STEP, Kit
 from fedpeft.training.methods import Method
-from fedpeft.training.passes import diverged, groups, need_rows, travel
+from fedpeft.training.passes import diverged, each_of, groups, need_rows, reason, still_good, travel
 from fedpeft.training.settings import Model, Training
 
 
@@ -69,8 +70,7 @@ class OnnxTrainer:
     def over(self, federation: Federation, training: Training) -> Self:
         """A trainer of other clients, or with other settings, on the same kit. ConfigError as ``open``."""
         _check_length(self.kit, training)
-        same = federation.table is self.federation.table and training.length == self.training.length
-        store = self._store if same and self._store is not None and self._store.holds(federation.used()) else None
+        store = still_good(self._store, self.federation, federation, training.length == self.training.length)
         return replace(self, federation=federation, training=training, _store=store)
 
     def start(self) -> Adapter:
@@ -79,11 +79,7 @@ class OnnxTrainer:
 
     def train_many(self, jobs: Sequence[Job]) -> Iterator[Done | Failed]:
         """Train each job, one after the other, when asked for; one that raises is ``Failed``, and the next goes on."""
-        for job in jobs:
-            try:
-                yield self._train(job)
-            except Exception as error:
-                yield Failed(_reason(job.client, error))
+        return each_of(jobs, self._train)
 
     def evaluate_many(self, trials: Sequence[Trial]) -> Iterator[Metrics | Failed]:
         """Evaluate each trial; consecutive trials of one adapter set it up once. No rows: zeros."""
@@ -94,7 +90,7 @@ class OnnxTrainer:
                     fed = fed or Fed.of(self._fitting(adapter), tail)
                     yield self._measured(fed, self.rows(trial.client, trial.split))
                 except Exception as error:
-                    yield Failed(_reason(trial.client, error))
+                    yield Failed(reason(trial.client, error))
 
     def rows(self, client: int | None, split: str) -> Encoded:
         """A client's split as tokens; the central test set for client None."""
@@ -228,8 +224,3 @@ def _check_length(kit: Kit, training: Training) -> None:
 
 def _bytes(fixed: Mapping[str, Array]) -> dict[str, tuple[str, bytes]]:
     return {n: (f"{x.shape} {x.dtype}", x.tobytes()) for n, x in fixed.items()}
-
-
-def _reason(client: int | None, error: Exception) -> str:
-    who = "central" if client is None else f"client {client}"
-    return f"{who}: {error}" if str(error) else f"{who}: {type(error).__name__}"

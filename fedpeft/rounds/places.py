@@ -1,6 +1,7 @@
 """An order of all clients that is drawn by a seed and takes no memory, however many there are."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import floor
 
 from fedpeft.rounds.seeds import derive
@@ -26,6 +27,11 @@ def place(client: int, clients: int, seed: int) -> int:
         client = left << half | right
         if client < clients:
             return client
+
+
+def part_of(where: int, shares: Sequence[float], total: int) -> int:
+    """Which of the ``whole_parts`` of a total, laid one behind the other, this place is in: its number."""
+    return next(i for i, end in enumerate(accumulate(whole_parts(shares, total))) if where < end)
 
 
 def whole_parts(shares: Sequence[float], total: int) -> list[int]:

@@ -3,13 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from math import isfinite
 
 from typing_extensions import override
 
 from fedpeft.errors import ConfigError
-from fedpeft.rounds.places import place, whole_parts
+from fedpeft.rounds.places import part_of, place
 from fedpeft.rounds.seeds import derive
 
 WHOLE = 1 << 30
@@ -97,8 +96,7 @@ class Levels(Ranks):
     def of(self, client: int, clients: int, seed: int, round: int) -> int:
         drawn = derive(seed, "rank", *((round,) if self.redraw else ()))
         where = place(client, clients, drawn)
-        ends = accumulate(whole_parts(self.shares or (1.0,) * len(self.levels), clients))
-        return next(level for level, end in zip(self.levels, ends, strict=True) if where < end)
+        return self.levels[part_of(where, self.shares or (1.0,) * len(self.levels), clients)]
 
 
 @dataclass(frozen=True, slots=True)

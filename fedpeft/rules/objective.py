@@ -1,6 +1,6 @@
 """What a rule adds to what its clients minimise."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from fedpeft.adapters import Tensors
@@ -19,6 +19,17 @@ class Objective:
     penalty: float = 0.0
     cuts: Mapping[str, int] = field(default_factory=dict)
     shift: Tensors = field(default_factory=dict)
+
+    def tails(self, trained: Collection[str]) -> Mapping[str, int]:
+        """Where the penalised tails begin, by layer: none without a penalty. trained: the names of what is trained.
+
+        ValueError for a penalty on a factor that is not trained.
+        """
+        cuts = self.cuts if self.penalty else {}
+        for name in (f"{layer}/{part}" for layer in cuts for part in "ab"):
+            if name not in trained:
+                raise ValueError(f"a penalty on {name}, which is not trained; want both factors trained, or no penalty")
+        return cuts
 
 
 PLAIN = Objective()

@@ -1,6 +1,7 @@
 """A run on Flower's own runtimes: the same coordinator, whatever carries the messages."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def serve_run(grid: Grid, run_config: Mapping[str, Scalar], root: Path = Path())
         if (kit := to_send(found, here or without_data(found), run_config)) is not None:
             grid = Shipping(grid, kit, view.note)
             found = with_kit(found, grid.digest)
-            sessions = _sessions(found, run_config)  # which bind the settings, and so the kit
+            sessions = sessions and replace(sessions, found=found)  # which bind the settings, and so the kit
         record(folder, found, here)
         Coordinator(found, folder, view, sessions=sessions).run(grid, clients)
         if find_spec("torch") is not None:

@@ -47,21 +47,22 @@ def kept_kit(here: "Workshop", quantise: Quantise) -> Path:
 def missing(here: "Workshop") -> list[Quantise]:
     """The formats of the kits that a simulated run's clients need, and that are not there yet."""
     wanted = [x.quantise for x in others(here.found) if x.engine == "onnx"]
-    return [quantise for quantise in wanted if not _is_there(kept_kit(here, quantise))]
+    return [quantise for quantise in wanted if _kept(kept_kit(here, quantise)) is None]
 
 
-def kit_of(here: "Workshop", quantise: Quantise, progress: Callable[[str], None] | None = None) -> Path:
+def kit_of(here: "Workshop", quantise: Quantise, progress: Callable[[str], None] | None = None) -> Kit:
     """The kit, made by an export in this process if it is not there yet, or is damaged: in seconds to minutes.
 
     progress: told what is going on.
     """
     folder = kept_kit(here, quantise)
-    if not _is_there(folder):
-        from fedpeft.training.export_step import export_step
+    if (kit := _kept(folder)) is not None:
+        return kit
+    from fedpeft.training.export_step import export_step
 
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        export_step(here.held_in(quantise).trainer, folder, progress=progress)
-    return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    export_step(here.held_in(quantise).trainer, folder, progress=progress)
+    return Kit.open(folder)
 
 
 def export_kit(
@@ -77,18 +78,17 @@ def export_kit(
     if found.model.formats and wanted not in found.model.formats:
         raise ConfigError(f"--quantise: got {wanted!r}; want one of model.formats: {', '.join(found.model.formats)}")
     here = without_data(found) if found.fleet.own_data else workshop(found.settings_json)
-    known = _is_there(kept_kit(here, wanted))
-    kept = Kit.open(kit_of(here, wanted, progress))
+    known = _kept(kept_kit(here, wanted))
+    kept = known or kit_of(here, wanted, progress)
     with whole(out) as scratch:
         for name in (*kept.files, MANIFEST):
             link(kept.folder / name, scratch / name)
-    return Kit.open(out, digest=kept.digest), "kept" if known else "new"
+    return Kit.open(out, digest=kept.digest), "new" if known is None else "kept"
 
 
-def _is_there(folder: Path) -> bool:
-    """Whether a kit that is kept is whole: a process that was killed may have left half of one, a disk worse."""
+def _kept(folder: Path) -> Kit | None:
+    """A kit that is kept, if it is whole: a process that was killed may have left half of one, a disk worse."""
     try:
-        Kit.open(folder)
+        return Kit.open(folder)
     except ConfigError:
-        return False
-    return True
+        return None

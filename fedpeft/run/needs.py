@@ -1,7 +1,7 @@
 """How much memory a client's training takes, by its rank, and the rank that fits."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -33,7 +33,7 @@ class Needs:
 
     def fitting(self, levels: Sequence[int], rows: int, memory: float) -> int:
         """The largest level with which training takes at most this memory; the smallest where none does."""
-        return max((x for x in levels if self.of(rows, x) <= memory), default=min(levels))
+        return _largest(levels, lambda rank: self.of(rows, rank), memory)
 
     def _estimate(self, batch: int, rank: int) -> int:
         from fedpeft.training.memory import estimate
@@ -48,12 +48,18 @@ def fitting_on_device(kit: Kit, training: Training, levels: Sequence[int], rows:
     config, spec = _Config(kit.folder / CONFIG), kit.spec
     training = replace(training, batch=min(training.batch, max(rows, 1)), checkpointing=kit.facts.recompute)
 
+    parameters = Sizes.of(config.to_dict()).parameters
+
     def of(rank: int) -> int:
         mine = replace(spec, layers=tuple(replace(x, rank=min(rank, x.rank)) for x in spec.layers))
-        parameters = Sizes.of(config.to_dict()).parameters
         return parts(config, parameters, mine, training, kit.facts.quantise, "onnx").total
 
-    return max((x for x in levels if of(x) <= memory), default=min(levels))
+    return _largest(levels, of, memory)
+
+
+def _largest(levels: Sequence[int], takes: Callable[[int], int], memory: float) -> int:
+    """The largest level that takes at most this memory; the smallest where none does."""
+    return max((x for x in levels if takes(x) <= memory), default=min(levels))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from fedpeft.run.runtimes import Lent, mixed, on_device
 from fedpeft.run.shipped import mend
 from fedpeft.run.tables import table
 from fedpeft.training.environment import cache_folder, sparing, starting
+from fedpeft.training.kit import Kit
 from fedpeft.training.settings import Quantise
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Workshop:
         """What trains this process's clients: ``trainer``, a kit's, or each client's own."""
         if self.own is not None and self.own.engine == "onnx" and self.own.kit is not None:
             frugal = self.own.frugal or None
-            return on_device(self.found, self.federation, self.own.kit, self.own.quantise, frugal)
+            return on_device(self.found, self.federation, Kit.open(self.own.kit), self.own.quantise, frugal)
         return mixed(self.found, self.federation.clients, self.on) if self.found.simulation.runtimes else self.trainer
 
     @cached_property

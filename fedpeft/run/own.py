@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from fedpeft.config import Experiment
-from fedpeft.config.runtimes import ENGINES, FORMATS, check_format, check_onnx
+from fedpeft.config.runtimes import ENGINES, FORMATS, check_format, check_onnx, quantise_of
 from fedpeft.errors import ConfigError
 from fedpeft.run.shipped import kit_here
 from fedpeft.training.kit import Kit
@@ -68,7 +68,7 @@ def _format(node_config: Mapping[str, bool | int | float | str]) -> Quantise | N
     if "quantise" not in node_config:
         return None
     said = node_config["quantise"]
-    for known in FORMATS:
-        if known == said:
-            return known
-    raise ConfigError(f"node-config: quantise is {said!r}; want {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    known = quantise_of(said)
+    if known is None:
+        raise ConfigError(f"node-config: quantise is {said!r}; want {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    return known

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 from fedpeft.adapters import Adapter, drawn, same
@@ -146,23 +145,22 @@ def _difference(one: Adapter, other: Adapter) -> str:
 def on_device(
     found: Experiment,
     federation: Federation,
-    folder: Path,
+    kit: Kit,
     quantise: str | None = None,
     frugal: bool | None = None,
 ) -> Lent:
-    """A trainer on onnxruntime, from the kit in a folder. quantise: what it must hold the base in, if that was said;
+    """A trainer on onnxruntime, from a kit. quantise: what it must hold the base in, if that was said;
     frugal: as ``OnnxTrainer.open`` has it.
 
-    ConfigError for a kit that is damaged, or that this run's clients can't train from.
+    ConfigError for a kit that this run's clients can't train from.
     """
     from fedpeft.ondevice.trainer import OnnxTrainer
 
-    kit = Kit.open(folder)
     held = kit.facts.quantise
     if quantise is not None and held != quantise:
         raise ConfigError(
-            f"node-config: quantise is {quantise!r}, and the kit in {folder} holds the base in {held!r}; want quantise "
-            f"left out, or another kit"
+            f"node-config: quantise is {quantise!r}, and the kit in {kit.folder} holds the base in {held!r}; want "
+            f"quantise left out, or another kit"
         )
-    check_format(found.model, held, f"the kit in {folder} holds the base in {held!r}")
+    check_format(found.model, held, f"the kit in {kit.folder} holds the base in {held!r}")
     return OnnxTrainer.open(kit, found.training, federation, found.model, found.training.threads, found.adapter, frugal)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft.config import Experiment, experiment
+from fedpeft.config.runtimes import quantise_of
 from fedpeft.errors import ConfigError
 from fedpeft.flower import KitMissingError, Shelf
 from fedpeft.flower.kits import is_digest
@@ -14,7 +15,6 @@ from fedpeft.run.kits import kit_of
 from fedpeft.run.runtimes import on_device
 from fedpeft.training.environment import cache_folder
 from fedpeft.training.kit import Kit
-from fedpeft.training.settings import Quantise
 
 if TYPE_CHECKING:
     from fedpeft.run.node import Workshop
@@ -37,15 +37,17 @@ def to_send(found: Experiment, here: "Workshop", run_config: Mapping[str, Scalar
             f"fleet.kit: {why}; want its folder in the run config, kit='FOLDER', as `fedpeft export-step` makes it on "
             f"a machine with torch"
         )
-    path = Path(folder) if folder else kit_of(here, _format(wanted))
-    kit = Kit.open(path, digest=wanted if is_digest(wanted) else "")
+    digest = wanted if is_digest(wanted) else ""
+    quantise = quantise_of(wanted)
+    kit = Kit.open(Path(folder), digest=digest) if quantise is None or folder else kit_of(here, quantise)
     if wanted and not is_digest(wanted) and kit.facts.quantise != wanted:
         raise ConfigError(
-            f"fleet.kit: got {wanted!r}, and the kit in {path} holds the base in {kit.facts.quantise!r}; want the same"
+            f"fleet.kit: got {wanted!r}, and the kit in {kit.folder} holds the base in {kit.facts.quantise!r}; want "
+            f"the same"
         )
     if find_spec("onnxruntime") is not None:
-        on_device(found, here.federation, path)  # refuses here what every device would refuse
-    return path
+        on_device(found, here.federation, kit)  # refuses here what every device would refuse
+    return kit.folder
 
 
 def with_kit(found: Experiment, digest: str) -> Experiment:
@@ -101,9 +103,3 @@ def mend(node_config: Mapping[str, Scalar], folder: Path) -> None:
     here = shelf(node_config)
     if folder.parent == here.folder and here.mend(folder.name):
         raise KitMissingError(folder.name)
-
-
-def _format(wanted: str) -> Quantise:
-    from fedpeft.config.runtimes import FORMATS
-
-    return next(x for x in FORMATS if x == wanted)

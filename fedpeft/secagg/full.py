@@ -33,8 +33,25 @@ _MISSES: Final = (
 )
 
 
+class _Masked(Protocol):
+    """What the protocols with pairwise masks share. consistency: whether survivors are agreed on before shares are
+    given out."""
+
+    consistency: bool
+
+    @property
+    @override
+    def is_consistent(self) -> bool:
+        return self.consistency
+
+    @override
+    def questions(self, passes: int) -> tuple[str, ...]:
+        each = ("vectors", "survivors", "unmask") if self.consistency else ("vectors", "unmask")
+        return ("keys", "shares", *each * passes)
+
+
 @dataclass(frozen=True, slots=True)
-class Full(Protocol):
+class Full(_Masked):
     """Everyone shares masks with everyone, against a server that may do anything. Bonawitz et al., CCS 2017.
 
     fraction: more than this share of a cohort must stay to the end, at least 1/2. consistency: whether survivors are
@@ -49,15 +66,6 @@ class Full(Protocol):
     def __post_init__(self) -> None:
         if not 0.5 <= self.fraction < 1:
             raise ValueError(f"fraction: got {self.fraction}; want at least 1/2 and less than 1")
-
-    @property
-    @override
-    def is_consistent(self) -> bool:
-        return self.consistency
-
-    @override
-    def questions(self, passes: int) -> tuple[str, ...]:
-        return _questions(self.consistency, passes)
 
     @override
     def threshold(self, cohort: int) -> int:
@@ -85,7 +93,7 @@ class Full(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class KRegular(Protocol):
+class KRegular(_Masked):
     """Each shares masks with some neighbours, for cohorts so large that masks with everyone take too long.
 
     The server is trusted to keep to the protocol: one that leaves out clients until the ring suits it could isolate
@@ -108,15 +116,6 @@ class KRegular(Protocol):
         for key, bits in (("sigma", self.sigma), ("eta", self.eta)):
             if bits < 1:
                 raise ValueError(f"{key}: got {bits}; want at least 1")
-
-    @property
-    @override
-    def is_consistent(self) -> bool:
-        return self.consistency
-
-    @override
-    def questions(self, passes: int) -> tuple[str, ...]:
-        return _questions(self.consistency, passes)
 
     @override
     def threshold(self, cohort: int) -> int:
@@ -145,11 +144,6 @@ class KRegular(Protocol):
                 f"client's neighbours being corrupt: use full"
             )
         return degrees(cohort, self.corrupt, self.dropouts, self.consistency, self.sigma, self.eta)
-
-
-def _questions(is_consistent: bool, passes: int) -> tuple[str, ...]:
-    each = ("vectors", "survivors", "unmask") if is_consistent else ("vectors", "unmask")
-    return ("keys", "shares", *each * passes)
 
 
 def _label(name: str, is_malicious: bool, corrupt: float, dropouts: float) -> SecurityLabel:

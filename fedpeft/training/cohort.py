@@ -13,9 +13,9 @@ from fedpeft.rounds import Done, Failed, Job, Metrics, Trial
 from fedpeft.training.agreement import disagreement
 from fedpeft.training.crew import Crew
 from fedpeft.training.environment import memory
-from fedpeft.training.loop import TorchTrainer, reason
+from fedpeft.training.loop import TorchTrainer
 from fedpeft.training.memory import estimate
-from fedpeft.training.passes import need_rows
+from fedpeft.training.passes import need_rows, reason
 from fedpeft.training.pool import Member, Pool
 from fedpeft.training.stack import Stack
 

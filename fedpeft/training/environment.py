@@ -1,4 +1,4 @@
-"""The process's surroundings: threads, allocator and cache folder, set before torch is imported, and facts on them."""
+"""The process's surroundings: threads, allocator and cache folder; set before torch is imported."""
 
 import ctypes
 import gc
@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ _VARIABLES = (
     ("FLWR_DISABLE_UPDATE_CHECK", "1"),
     ("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1"),
 )
+
+
+SETTINGS = (*(n for n, _ in _VARIABLES), *(n for n, _, _ in _ALLOCATOR))
+"""The environment's variables that ``prepare`` sets."""
 
 
 def prepare(threads: int | None = None) -> bool:
@@ -92,8 +96,7 @@ def _allocate() -> None:
     for name, number, value in _ALLOCATOR:
         if name in os.environ:
             continue
-        if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).mallopt(number, value)
+        allocator({number: value})
         os.environ[name] = str(value)
 
 
@@ -107,15 +110,25 @@ def sparing() -> None:
     """
     os.environ[_IS_SPARING] = "1"
     for name, number, _ in _ALLOCATOR:
-        if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).mallopt(number, _SPARING)
+        allocator({number: _SPARING})
         os.environ[name] = str(_SPARING)
+
+
+def allocator(settings: Mapping[int, int]) -> None:
+    """Set glibc's parameters, by their numbers (malloc.h), for this process; where there is no glibc, nothing."""
+    if _has_glibc():
+        for number, value in settings.items():
+            ctypes.CDLL(None).mallopt(number, value)
 
 
 def give_back() -> None:
     """Return memory that was freed to the system, where glibc keeps it for later: after a model has been packed."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+    if _has_glibc():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _has_glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 
 def cache_folder() -> Path:
@@ -134,34 +147,6 @@ def version(distribution: str) -> str | None:
 def cores() -> int:
     """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def facts() -> dict[str, object]:
-    """What this machine has and can do, for ``fedpeft doctor``: JSON-able; memory in bytes, rates in GFLOP/s.
-
-    Takes a second or two where torch is installed: it imports it and measures matrix products.
-    """
-    found: dict[str, object] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": cores(),
-        "memory": memory(),
-        "versions": {n: version(n) for n in ("fedpeft", "torch", "transformers", "peft", "flwr", "numpy")},
-        "cache": str(cache_folder()),
-        "environment": {n: os.environ.get(n) for n in [n for n, _ in _VARIABLES] + [n for n, _, _ in _ALLOCATOR]},
-    }
-    if version("torch") is not None:
-        from fedpeft.training.devices import measure
-
-        found |= measure()
-    return found
-
-
-def models() -> dict[str, str]:
-    """For each packaged model, "ready", or what to do to get it."""
-    from fedpeft.training.packaged import presence
-
-    return presence()
 
 
 def memory() -> dict[str, int]:

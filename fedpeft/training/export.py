@@ -114,13 +114,8 @@ def export_merged(
     del model
     again: nn.Module = kind.from_pretrained(str(folder), dtype=torch.float32)
     again.to(bridge.model.device).eval()
-    off = share_off([said(again, probe)], [want])
-    if not off <= TOLERANCE:
-        raise ConfigError(
-            f"adapter.method: the merged model's logits are off by {off:.1e} of their largest; "
-            f"want at most {TOLERANCE:.0e}: export to peft instead"
-        )
-    return off
+    said_by = "adapter.method: the merged model's logits are"
+    return need_near([said(again, probe)], [want], said_by, "export to peft instead")
 
 
 def merge(
@@ -164,6 +159,14 @@ def resized(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, bool]:
         return {}
     takes = "interpolate_pos_encoding" in signature(type(base).forward).parameters
     return {"interpolate_pos_encoding": True} if takes else {}
+
+
+def need_near(got: Sequence[Tensor], want: Sequence[Tensor], whose: str, instead: str) -> float:
+    """``share_off``, which must be within ``TOLERANCE``: else ConfigError. whose: logits, up to the verb."""
+    off = share_off(got, want)
+    if not off <= TOLERANCE:
+        raise ConfigError(f"{whose} off by {off:.1e} of their largest; want at most {TOLERANCE:.0e}: {instead}")
+    return off
 
 
 def share_off(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:

@@ -17,7 +17,7 @@ from typing_extensions import override
 from fedpeft.adapters import LowRank
 from fedpeft.errors import ConfigError
 from fedpeft.training.bridge import Bridge
-from fedpeft.training.export import NO_TAIL, TOLERANCE, labels_of, longest, merge, probe_of, probes, resized, share_off
+from fedpeft.training.export import NO_TAIL, labels_of, longest, merge, need_near, probe_of, probes, resized
 from fedpeft.training.pixels import Pixels
 from fedpeft.training.whole import whole
 
@@ -73,12 +73,7 @@ def export_onnx(
     with whole(folder) as scratch:
         _trace(bridge, model.cpu(), scratch / FILE, side)
         del model
-        off = share_off(_run(scratch / FILE, rows), want)
-        if not off <= TOLERANCE:
-            raise ConfigError(
-                f"the ONNX graph's logits are off by {off:.1e} of their largest; want at most {TOLERANCE:.0e}: "
-                f"export to merged instead"
-            )
+        off = need_near(_run(scratch / FILE, rows), want, "the ONNX graph's logits are", "export to merged instead")
         labels = labels_of(bridge)
         if labels:
             text = json.dumps(labels, ensure_ascii=False, indent=1) + "\n"

@@ -38,7 +38,8 @@ MANIFEST, BASE, STEP, EVALUATE, START = (
 TOKENIZER, TEMPLATE, CONFIG = "tokenizer.json", "chat_template.jinja", "config.json"
 
 _NEEDED = (BASE, STEP, EVALUATE, START, TOKENIZER)
-_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # of a file, on every system and on the wire
+NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
+"""Of a file of a kit: on every system, and on the wire."""
 
 PackedAs: TypeAlias = tuple[str, Format, int, bool]
 """A packed matrix: its name in the model, its format, its columns, and whether it is the transpose of the model's."""
@@ -177,7 +178,7 @@ class Kit:
             got = file.stat().st_size
             if got != size:
                 raise ConfigError(f"kit: {file} has {got:,} bytes; {MANIFEST} wants {size:,}: {_AGAIN}")
-            found = _digest(file) if whole else digest
+            found = hashed(file) if whole else digest
         except OSError as error:
             raise ConfigError(f"kit: {file} can't be read ({error.strerror}); {_AGAIN}") from error
         if found != digest:
@@ -203,13 +204,14 @@ def write_manifest(folder: Path, facts: Facts) -> str:
     spec = facts.spec
     said["spec"] = {"layers": [[x.name, x.d, x.k, x.rank, x.scale] for x in spec.layers], "dense": spec.dense}
     said |= {"marks": dict(facts.marks), "checked": dict(facts.checked)}
-    said["files"] = {n: [_digest(folder / n), (folder / n).stat().st_size] for n in here}
+    said["files"] = {n: [hashed(folder / n), (folder / n).stat().st_size] for n in here}
     content = (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()
     (folder / MANIFEST).write_bytes(content)
     return sha256(content).hexdigest()
 
 
-def _digest(file: Path) -> str:
+def hashed(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with file.open("rb") as stream:
         return file_digest(stream, "sha256").hexdigest()
 
@@ -242,7 +244,7 @@ def _read(file: Path, content: bytes) -> tuple[str, Facts, dict[str, tuple[str, 
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"is not a kit's: {error}"
         raise ConfigError(f"kit: {file} {what}; {_AGAIN}") from error
-    if odd := [n for n in files if not _NAME.fullmatch(n)]:
+    if odd := [n for n in files if not NAME.fullmatch(n)]:
         raise ConfigError(f"kit: {file} names the file {odd[0]!r}; want files of its own folder: {_AGAIN}")
     if missing := [n for n in _NEEDED if n not in files]:
         raise ConfigError(f"kit: {file} names no {missing[0]}; want {', '.join(_NEEDED)}: {_AGAIN}")

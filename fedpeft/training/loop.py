@@ -24,7 +24,7 @@ from fedpeft.training.forward_only import walk
 from fedpeft.training.methods import Method
 from fedpeft.training.objectives import Extra, shifts
 from fedpeft.training.packaged import Progress
-from fedpeft.training.passes import travel
+from fedpeft.training.passes import each_of, reason, still_good, travel
 from fedpeft.training.settings import Model, Training
 from fedpeft.training.steps import fit
 from fedpeft.training.tails import beside
@@ -77,8 +77,7 @@ class TorchTrainer:
         client trains for as many epochs as all rounds have; centralised, one client holds all rows.
         """
         training = _fitting(self.frozen, training)
-        same = federation.table is self.federation.table and training.length == self.training.length
-        store = self._store if same and self._store is not None and self._store.holds(federation.used()) else None
+        store = still_good(self._store, self.federation, federation, training.length == self.training.length)
         return replace(self, federation=federation, training=training, _store=store)
 
     @property
@@ -92,11 +91,7 @@ class TorchTrainer:
 
     def train_many(self, jobs: Sequence[Job]) -> Iterator[Done | Failed]:
         """Train each job, one after the other, when asked for; one that raises is ``Failed``, and the next goes on."""
-        for job in jobs:
-            try:
-                yield self._train(job)
-            except Exception as error:
-                yield Failed(reason(job.client, error))
+        return each_of(jobs, self._train)
 
     def evaluate_many(self, trials: Sequence[Trial]) -> Iterator[Metrics | Failed]:
         """Evaluate each trial; consecutive trials of one adapter set it up once, and share passes. No rows: zeros."""
@@ -196,12 +191,6 @@ def _part(name: str) -> Part:
         if part == name:
             return cast(Part, part)
     raise ValueError(f"split: got {name!r}; want {', '.join(get_args(Part))}")
-
-
-def reason(client: int | None, error: Exception) -> str:
-    """What is said of a job or trial that failed."""
-    who = "central" if client is None else f"client {client}"
-    return f"{who}: {error}" if str(error) else f"{who}: {type(error).__name__}"
 
 
 def _fitting(base: Base, training: Training) -> Training:

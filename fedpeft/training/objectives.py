@@ -13,6 +13,7 @@ from fedpeft.adapters import Adapter, Tensors
 from fedpeft.rules import Objective
 from fedpeft.training.batches import Batch
 from fedpeft.training.head import losses, passing, runs_alone
+from fedpeft.training.predict import FEW
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,7 @@ class Extra:
 
         ValueError for a penalty on a factor that is not trained.
         """
-        cuts = objective.cuts if objective.penalty else {}
-        for name in (f"{n}/{part}" for n in cuts for part in "ab"):
-            if name not in parameters:
-                raise ValueError(f"a penalty on {name}, which is not trained; want both factors trained, or no penalty")
+        cuts = objective.tails(parameters)
         tails = tuple((parameters[f"{n}/a"], parameters[f"{n}/b"], cut) for n, cut in cuts.items())
         shifts = ((parameters[n], torch.tensor(x)) for n, x in shift.items())
         return cls(objective.penalty, tails, tuple((p, x.reshape(p.shape).to(p)) for p, x in shifts))
@@ -113,10 +111,6 @@ def scored(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """−log p of each target (units,), and whether it has the largest logit: logits (units, classes)."""
     each = functional.cross_entropy(logits, targets, reduction="none")
     return each, logits.detach().argmax(dim=-1) == targets
-
-
-FEW = 1 << 20
-"""Logits that are made all at once, as the model makes them: 4 MiB in fp32."""
 
 
 def outcome(model: nn.Module, head: nn.Module | None, batch: Batch, words: int = 0) -> tuple[Tensor, Tensor]:

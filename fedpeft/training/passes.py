@@ -1,12 +1,13 @@
 """Which rows a client trains on, in what order, and how far its steps go: for every runtime the same."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from math import ceil
 
 import numpy as np
 
-from fedpeft.data import Encoded, Rows, order
+from fedpeft.data import Encoded, Federation, Rows, Store, order
+from fedpeft.rounds import Done, Failed, Job
 from fedpeft.training.settings import Training
 
 
@@ -46,6 +47,31 @@ def groups(rows: Encoded, training: Training, rng: np.random.Generator) -> Itera
 
 def _cut(rows: Rows, size: int) -> list[Rows]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def each_of(jobs: Sequence[Job], train: Callable[[Job], Done]) -> Iterator[Done | Failed]:
+    """Train each job, one after the other, when asked for; one that raises is ``Failed``, and the next goes on."""
+    for job in jobs:
+        try:
+            yield train(job)
+        except Exception as error:
+            yield Failed(reason(job.client, error))
+
+
+def reason(client: int | None, error: Exception) -> str:
+    """What is said of a job or trial that failed."""
+    who = "central" if client is None else f"client {client}"
+    return f"{who}: {error}" if str(error) else f"{who}: {type(error).__name__}"
+
+
+def still_good(store: Store | None, had: Federation, has: Federation, is_as_long: bool) -> Store | None:
+    """The tokenised rows of one federation for another, if it has the same table and they are all there; else None.
+
+    is_as_long: whether texts are cut to the same length.
+    """
+    if store is None or had.table is not has.table or not is_as_long:
+        return None
+    return store if store.holds(has.used()) else None
 
 
 def diverged(loss: float, step: int) -> str:

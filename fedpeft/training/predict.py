@@ -21,6 +21,9 @@ Engine: TypeAlias = Literal["torch", "onnx"]
 LOGITS = 1 << 23
 """Of a language model's logits, how many are in memory at a time: 32 MiB in fp32."""
 
+FEW = 1 << 20
+"""Logits that the torch client makes all at once, as the model makes them, in three copies: 4 MiB each in fp32."""
+
 RUNTIME: Mapping[Engine, int] = {"torch": 455_000_000, "onnx": 88_000_000}
 """Bytes of a process that trains a model of no size, measured by ``benchmarks/plan.py``.
 
@@ -33,7 +36,6 @@ GRAPH = 1_000_000
 
 _FLOAT = 4
 _ATTENTION = 4  # widths that attention's backward pass makes, beside one gradient of the inner width
-_FEW = 1 << 20  # logits that the torch client makes all at once, in three copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +273,7 @@ def _loss(sizes: Sizes, load: Load) -> int:
     units = load.rows * load.length
     if not sizes.words:
         return 0
-    if units * sizes.words <= _FEW:
+    if units * sizes.words <= FEW:
         return 3 * _FLOAT * units * sizes.words
     some = max(1, min(units, LOGITS // sizes.words))
     return _FLOAT * (some * sizes.words + 3 * units * sizes.width) + _expanded(sizes, load, sizes.words * sizes.width)

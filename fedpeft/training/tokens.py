@@ -1,12 +1,11 @@
 """A table's rows as a base model's tokenizer cuts them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fedpeft.data import WHOLE, Encoded, Rows, Store, Table, dialogue, joined
-from fedpeft.errors import ConfigError
+from fedpeft.data import WHOLE, Encoded, Rendered, Rows, Store, Table, dialogue, joined, turns
 from fedpeft.training.bases import Base
 
 
@@ -30,7 +29,9 @@ def tokenise(table: Table, base: Base, length: int, rows: Rows | None = None) ->
     rows = np.arange(len(table)) if rows is None else rows
     chosen = table.take(rows)
     if table.task == "lm":
-        pairs = [_turns(base.words, prompt, reply) for prompt, reply in zip(chosen.texts, chosen.replies, strict=True)]
+        bos, eos, rendered = base.words.bos_token or "", base.words.eos_token or "", _rendered(base.words)
+        both = zip(chosen.texts, chosen.replies, strict=True)
+        pairs = [turns(prompt, reply, bos, eos, rendered) for prompt, reply in both]
         return dialogue(pairs, lambda texts: _ids(base.words, texts), length, rows, len(table))
     ids = base.words(list(chosen.texts), truncation=True, max_length=length)["input_ids"] if len(chosen) else []
     return joined(ids, rows, table.labels, np.zeros(len(rows), np.bool_), len(table))
@@ -40,21 +41,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[
     return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
 
 
-def _turns(tokenizer: PreTrainedTokenizerBase, prompt: str, reply: str) -> tuple[str, str]:
-    """What stands before the reply's first token, and the rest: through the chat template where there is one.
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> Rendered | None:
+    """What the tokenizer's chat template makes of turns; None where it has none."""
+    if tokenizer.chat_template is None:
+        return None
 
-    Without one, and for plain text, which has no prompt: prompt and reply a line each, between the
-    tokenizer's marks of begin and end.
-    """
-    if tokenizer.chat_template is None or not prompt:
-        line = f"{prompt}\n" if prompt else ""
-        return f"{tokenizer.bos_token or ''}{line}", f"{reply}{tokenizer.eos_token or ''}"
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-    before = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    if not whole.startswith(before):
-        raise ConfigError(
-            "model.name: the chat template does not put the reply right after its generation prompt, "
-            "so that the reply can't be told from the prompt; choose another model"
-        )
-    return before, whole[len(before) :]
+    def rendered(said: Sequence[Mapping[str, str]], asks: bool) -> str:
+        each = [dict(x) for x in said]
+        return str(tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=asks))
+
+    return rendered

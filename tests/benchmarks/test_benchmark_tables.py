@@ -1,26 +1,10 @@
 """The tables of benchmarks/README.md are what the results say."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def script(name: str) -> ModuleType:
-    """A script of the folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for themselves
-    spec.loader.exec_module(module)
-    return module
-
+from tests.benchmarks.scripts import FOLDER, script
 
 tables = script("tables")
 MACHINE = {"processor": "Abacus", "cores": 3, "python": "3.11.7", "versions": {"torch": "2.6"}, "commit": "abc1234"}

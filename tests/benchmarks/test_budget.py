@@ -1,19 +1,13 @@
 """A real model trains within the memory that it may have, and not within half of it."""
 
-import importlib.util
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "budget.py"
-SPEC = importlib.util.spec_from_file_location("benchmark_budget", PATH)
-assert SPEC is not None
-assert SPEC.loader is not None
-budget = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = budget  # where its dataclasses look for themselves
-SPEC.loader.exec_module(budget)
+from tests.benchmarks.scripts import script
+
+budget = script("budget")
 
 
 @pytest.mark.slow

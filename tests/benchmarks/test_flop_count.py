@@ -1,22 +1,14 @@
 """The operations that the benchmarks count are those that torch counts, to the last one."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "flops.py"
-SPEC = importlib.util.spec_from_file_location("benchmark_flops", PATH)
-assert SPEC is not None
-assert SPEC.loader is not None
-flops = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = flops  # where its dataclasses look for themselves
-SPEC.loader.exec_module(flops)
+from tests.benchmarks.scripts import script
+
+flops = script("flops")
 
 ROWS, LENGTH, RANK = 3, 7, 2
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 31}

@@ -61,6 +61,7 @@ def near(got, want, share):
 def test_minilm_with_a_new_head_as_a_graph(tmp_path):
     origin = folder("minilm")
     labels = {i: f"class {i}" for i in range(4)}
+    torch.manual_seed(3)  # the head is new
     model = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=4, id2label=labels)
     bridge, tail = moved(model, Method(rank=5, alpha=7), "classify", 0.05)
     assert export_onnx(bridge, tmp_path, AutoTokenizer.from_pretrained(origin), None, tail) < 1e-5
@@ -69,7 +70,8 @@ def test_minilm_with_a_new_head_as_a_graph(tmp_path):
     rows = [tokenizer.encode(x).ids for x in TEXTS]
     want = said(bridge, tail, rows)
     near(graph(tmp_path, rows), want, 1e-5)
-    assert np.abs(want[0] - said(bridge, {}, rows)[0]).max() > 1e-3
+    # The tail is seen: its part is hundreds of times what the two ways may differ by.
+    assert np.abs(want[0] - said(bridge, {}, rows)[0]).max() > 3e-3 * np.abs(want).max()
     assert json.loads((tmp_path / "labels.json").read_text()) == list(labels.values())
 
 

@@ -15,7 +15,7 @@ from fedpeft.run.needs import fitting_on_device
 from fedpeft.run.node import Workshop, participant
 from fedpeft.run.own import Own
 from fedpeft.run.runtimes import on_device
-from fedpeft.training.kit import CONFIG
+from fedpeft.training.kit import CONFIG, Kit
 from fedpeft.training.quantised import FrozenLinear
 from fedpeft.training.settings import Training
 from tests.ondevice import small_kit
@@ -113,11 +113,11 @@ def test_a_kit_in_another_format_than_the_node_says_or_the_run_has_is_refused(tm
     with pytest.raises(
         ConfigError, match=r"^node-config: quantise is 'int8', and the kit in .* holds the base in 'none'"
     ):
-        on_device(found, None, tmp_path, "int8")
+        on_device(found, None, Kit.open(tmp_path), "int8")
     with pytest.raises(
         ConfigError, match=r"^the kit in .* holds the base in 'none', and 'none' is none of the formats"
     ):
-        on_device(found, None, tmp_path)
+        on_device(found, None, Kit.open(tmp_path))
 
 
 def test_a_node_with_torch_has_its_base_from_a_kit_if_it_says_one(tmp_path):

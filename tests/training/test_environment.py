@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fedpeft.training import environment
+from fedpeft.training import environment, machine
 
 
 @pytest.fixture
@@ -57,9 +57,10 @@ def test_a_number_of_threads_is_given_to_torch_when_it_is_imported_and_when_it_w
 def test_settings_environment_memory_and_names_of_models_import_no_torch():
     code = (
         "import sys\n"
-        "import fedpeft.training.environment as e, fedpeft.training.settings, fedpeft.training.memory\n"
+        "import fedpeft.training.environment, fedpeft.training.settings, fedpeft.training.memory\n"
         "from fedpeft.training.packaged import presence\n"
-        "e.models()\n"
+        "from fedpeft.training.machine import models\n"
+        "models()\n"
         "print([x for x in ('torch', 'transformers', 'peft') if x in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -75,7 +76,7 @@ def test_the_cache_folder_is_the_users_choice(monkeypatch, tmp_path):
 
 
 def test_facts_say_what_the_machine_has_and_how_fast_it_multiplies():
-    found = json.loads(json.dumps(environment.facts()))
+    found = json.loads(json.dumps(machine.facts()))
     assert found["cores"] >= 1
     assert 0 < found["memory"]["available"] <= found["memory"]["total"]
     assert found["precision"] in ("fp32", "bf16")
@@ -85,7 +86,7 @@ def test_facts_say_what_the_machine_has_and_how_fast_it_multiplies():
 
 
 def test_the_models_of_the_packages_are_ready():
-    assert {name: text.split()[0] for name, text in environment.models().items()} == {
+    assert {name: text.split()[0] for name, text in machine.models().items()} == {
         "minilm": "ready",
         "smollm2": "ready",
         "dinov2-small": "ready",
