@@ -3,8 +3,7 @@
 One phase a pass, in which every client sends its vector in the clear. A real run refuses it by its label.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,12 @@ from fedpeft.errors import ProtocolError
 from fedpeft.secagg import ring
 from fedpeft.secagg.identity import ID_SIZE
 from fedpeft.secagg.messages import SESSION, Envelope, Kind, enclose
+from fedpeft.secagg.one_phase import OnePhase
 from fedpeft.secagg.protocol import (
     ClientSide,
     Entropy,
-    Phase,
     Protocol,
     Refused,
-    Ring,
     SecurityLabel,
     ServerSide,
     Step,
@@ -107,126 +105,38 @@ class MockClient(ClientSide):
         return Step(asked.session + bytes([_OVER if is_over else asked.pass_ + 1]), answer, is_over)
 
 
-@dataclass(slots=True, eq=False)
-class MockServer(ServerSide):
+class MockServer(OnePhase):
     """Adds up what the clients of a cohort send, pass by pass. dims: the length of each pass's vectors."""
 
-    session: bytes
-    cohort: tuple[bytes, ...]
-    threshold: int
-    modulus: int
-    dims: tuple[int, ...]
-    _pass: int = field(default=0, init=False)
-    _is_over: bool = field(default=False, init=False)
-    _waiting: set[bytes] = field(init=False)
-    _answered: set[bytes] = field(default_factory=set, init=False)
-    _out: set[bytes] = field(default_factory=set, init=False)
-    _sum: Ring = field(init=False, repr=False)
-    _survivors: tuple[bytes, ...] = field(default=(), init=False)
-    _total: Ring | None = field(default=None, init=False, repr=False)
-    _culprits: dict[bytes, str] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        if not self.dims:
-            raise ValueError("no lengths of vectors: got dims = (); want one for each pass")
-        self._begin(self.cohort)
-
-    def _begin(self, asked: tuple[bytes, ...]) -> None:
-        self._waiting, self._answered = set(asked), set()
-        self._sum = np.zeros(self.dims[self._pass], np.uint32)
-
-    @property
-    @override
-    def phase(self) -> Phase:
-        if self._is_over:
-            raise RuntimeError("the session is over: it has no phase")
-        return Phase("vectors", self._pass, "pass" if self._pass else "model")
-
-    @property
-    @override
-    def is_over(self) -> bool:
-        return self._is_over
-
-    @property
-    @override
-    def waiting(self) -> frozenset[bytes]:
-        return frozenset(self._waiting)
+    def __init__(
+        self, session: bytes, cohort: tuple[bytes, ...], threshold: int, modulus: int, dims: tuple[int, ...]
+    ) -> None:
+        super().__init__(session, cohort, dims)
+        self._threshold, self._modulus = threshold, modulus
 
     @override
-    def begin(self, shared: bytes) -> None:
-        """What is broadcast for the pass that begins, of which this protocol makes nothing."""
+    def _question(self) -> bytes:
+        return b"".join([_byte(self._modulus), *(size.to_bytes(_SIZE) for size in self._dims)])
 
     @override
-    def outbox(self) -> Mapping[bytes, bytes]:
-        if self._is_over:
-            return {}
-        dims = [size.to_bytes(_SIZE) for size in self.dims]
-        message = enclose(Kind.ASK_VECTOR, self.session, self._pass, _byte(self.modulus), *dims)
-        return dict.fromkeys(sorted(self._waiting), message)
+    def _refusal(self, id_: bytes, body: memoryview) -> str:
+        return body[:32].tobytes().decode(errors="replace")
 
     @override
-    def receive(self, id_: bytes, message: bytes) -> None:
-        if id_ not in self._waiting:
-            raise Refused("repeat" if id_ in self._answered else "stranger", f"{id_.hex()[:8]}: not waited for", id_)
-        try:
-            self._take(id_, message)
-        except ProtocolError as error:
-            self.drop(id_)
-            code = error.code if isinstance(error, Refused) else "message"
-            if code != "aborted":  # who refuses what was asked of it has not cheated
-                self._culprits[id_] = str(error)
-            raise Refused(code, f"{id_.hex()[:8]}: {error}", id_) from error
-
-    def _take(self, id_: bytes, message: bytes) -> None:
-        got = Envelope.open(message)
-        if got.kind == Kind.ABORT and got.session == self.session:
-            raise Refused("aborted", f"refused to answer: {got.body[:32].tobytes().decode(errors='replace')}")
-        if (got.kind, got.session, got.pass_) != (Kind.VECTOR, self.session, self._pass) or got.body[:ID_SIZE] != id_:
-            raise Refused("message", f"{len(message)} bytes that are no vector of its own for pass {self._pass}")
-        ring.add_packed(self._sum, got.body[ID_SIZE:], self.modulus)
-        self._waiting.discard(id_)
-        self._answered.add(id_)
-
-    @override
-    def drop(self, id_: bytes) -> None:
-        """Go on without this one: what it has sent stays in this pass's sum. ValueError for one not of the cohort."""
-        if id_ not in self.cohort:
-            raise ValueError(f"{id_.hex()[:8]} is not of this cohort of {len(self.cohort)}")
-        self._waiting.discard(id_)
-        self._out.add(id_)
+    def _take(self, id_: bytes, body: memoryview) -> None:
+        if body[:ID_SIZE] != id_:
+            raise ProtocolError("a vector that is another's")
+        ring.add_packed(self._sum, body[ID_SIZE:], self._modulus)
 
     @override
     def close(self) -> None:
-        if self._is_over:
-            raise RuntimeError("the session is over: nothing to close")
-        self._waiting.clear()
-        if len(self._answered) < self.threshold:
+        super().close()
+        if len(self._answered) < self._threshold:
             self._is_over = True
             raise ProtocolError(
-                f"too few answers: got {len(self._answered)}; want {self.threshold} of {len(self.cohort)}"
+                f"too few answers: got {len(self._answered)}; want {self._threshold} of {len(self._cohort)}"
             )
-        self._survivors = tuple(sorted(self._answered))
-        self._total = self._sum & np.uint32(2**self.modulus - 1)
-        self._pass += 1
-        if self._pass == len(self.dims):
-            self._is_over = True
-        else:
-            self._begin(tuple(x for x in self._survivors if x not in self._out))
-
-    @property
-    @override
-    def survivors(self) -> tuple[bytes, ...]:
-        return self._survivors
-
-    @property
-    @override
-    def total(self) -> Ring | None:
-        return self._total
-
-    @property
-    @override
-    def culprits(self) -> Mapping[bytes, str]:
-        return dict(self._culprits)
+        self._summed(self._sum & np.uint32(2**self._modulus - 1))
 
 
 def _byte(number: int) -> bytes:

@@ -115,7 +115,7 @@ def test_strangers_repeats_and_wrong_vectors_are_refused_and_the_sum_stays_as_it
     tried = {
         "stranger": (b"x" * 32, good),
         "repeat": (IDS[0], good),
-        "message": (IDS[1], good),  # another's
+        "malformed": (IDS[1], good),  # another's
     }
     for code, (id_, message) in tried.items():
         with pytest.raises(Refused) as found:
@@ -125,8 +125,8 @@ def test_strangers_repeats_and_wrong_vectors_are_refused_and_the_sum_stays_as_it
     assert list(server.culprits) == [IDS[1]]
     with pytest.raises(Refused, match="want 15, for 5 of 24 bits") as found:
         server.receive(IDS[2], enclose(Kind.VECTOR, b"\xab" * 16, 0, IDS[2], bytes(14)))
-    assert found.value.code == "message"
-    with pytest.raises(Refused, match="refused to answer: order") as found:
+    assert found.value.code == "malformed"
+    with pytest.raises(Refused, match="refuses: order") as found:
         server.receive(IDS[3], ask(server, IDS[3], state=b"\xab" * 16 + b"\1", number=3).answer)
     assert found.value.code == "aborted"
     assert server.waiting == set()
