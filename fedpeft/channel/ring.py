@@ -4,11 +4,16 @@ A number is clipped, weighted and rounded at random to one of ±S steps, S = 2^(
 A client's weight, its counts and how much of its vector was cut travel in the same vector, as whole numbers in limbs
 that no sum can make wrap. So nothing of a client stands beside what a protocol masks.
 Rounding at random: Konečný et al., arXiv:1610.05492 (their probabilistic quantisation, here before a sum).
+
+Tensors whose changes are small may have a finer grid than others: for each the range is halved so many times. That is
+public, the same for all clients, and exact in floating point; ``scales.py`` chooses it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite, sqrt
-from typing import Any, TypeAlias
+from itertools import groupby
+from math import isfinite, ldexp, sqrt
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,14 +35,18 @@ SCALES = (1024, 1, 1, 1)
 """Steps of one unit of each count: loss, units, correct, examples."""
 CHUNK = 1 << 16
 """Numbers that are rounded at a time, so that a client needs no second vector in fp64."""
+MOST_HALVINGS = 30
+"""How often the range may be halved for a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
     """The channel for one pass of one cohort: what its clients and their server have to agree on.
 
-    cohort: the most vectors in a sum; size: numbers of an encoding; sketches: of sketches behind it; the others as in
-    ``RingChannel``. Made only where no sum of so many vectors can wrap: cohort · S ≤ 2^(modulus − 1) − 1.
+    cohort: the most vectors in a sum; size: numbers of an encoding; sketches: of sketches behind it; leaves: of each
+    tensor of the encoding; halvings: how often the range is halved for it, from 0 to 30 (none of either: the range is
+    that of all, as it is of sketches); the others as in ``RingChannel``. Made only where no sum of so many vectors can
+    wrap: cohort · S ≤ 2^(modulus − 1) − 1.
     """
 
     modulus: int
@@ -48,6 +57,8 @@ class Grid:
     size: int
     sketches: int
     largest_weight: float
+    leaves: tuple[int, ...] = ()
+    halvings: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, number, least in (("cohort", self.cohort, 1), ("size", self.size, 1), ("sketches", self.sketches, 0)):
@@ -56,6 +67,13 @@ class Grid:
         if not 0 < self.largest_weight < float("inf"):
             raise ValueError(
                 f"largest_weight: got {self.largest_weight}; want more than 0 and finite, for it is the end of a grid"
+            )
+        if self.leaves and sum(self.leaves) != self.size:
+            raise ValueError(f"leaves: got {sum(self.leaves)} numbers in all; want the size, {self.size}")
+        if len(self.halvings) != len(self.leaves) or not all(0 <= k <= MOST_HALVINGS for k in self.halvings):
+            raise ValueError(
+                f"halvings: got {len(self.halvings)} for {len(self.leaves)} leaves; want one for each, from 0 to "
+                f"{MOST_HALVINGS}"
             )
         room = widest(self.modulus, self.cohort)
         if not 2 <= self.bits <= room:
@@ -77,7 +95,7 @@ class Grid:
 
     @property
     def rounding(self) -> float:
-        """One step: what no number of a mean is off by, where all clients have the largest weight.
+        """One step of the whole range: what no number of a mean is off by, where all clients have the largest weight.
 
         A client's number v, in steps, becomes ⌊v + U⌋ with U uniform in [0, 1), which is less than 1 from v. So a sum
         of n is off by less than n steps, and the mean by that over the sum of the weights' shares of the largest, which
@@ -86,11 +104,16 @@ class Grid:
         return self.range / self.steps
 
     def error(self, clients: int, weight: float) -> float:
-        """What no number of the mean of so many clients is off by, whose weights come to ``weight``.
+        """What no number of the mean of so many clients is off by, whose weights come to ``weight``; nor of sketches.
 
-        Of the mean with the weights as they travel: a weight is itself rounded, to 1/65535 of the largest.
+        Of the mean with the weights as they travel: a weight is itself rounded, to 1/65535 of the largest. Of tensors
+        with finer steps it is too much: ``errors`` has theirs.
         """
         return clients * self.largest_weight / weight * self.rounding
+
+    def errors(self, clients: int, weight: float) -> tuple[float, ...]:
+        """The same for each of ``leaves``, whose range is halved."""
+        return tuple(ldexp(self.error(clients, weight), -k) for k in self.halvings)
 
     def share(self, weight: float) -> int:
         """A weight as it travels, from 1 to 65535, which stands for the largest. ValueError for one out of range."""
@@ -118,7 +141,8 @@ class Grid:
         if self.clip is not None:
             factor = part * (self.clip / max(self.clip, _norm(x.astype(np.float64))))
         out = np.empty(self.length, np.uint32)
-        cut = self._place(x, factor, rng, out) + self._place(sketches, part, rng, out[self.size :])
+        cut = sum(self._place(x[a:b], factor, k, rng, out[a:]) for a, b, k in self._parts())
+        cut += self._place(sketches, part, 0, rng, out[self.size :])
         numbers = self._split(share, WEIGHT_BITS)
         for count in [*map(round, counts), cut]:
             numbers += self._split(count, COUNT_BITS)
@@ -137,7 +161,9 @@ class Grid:
         if sums.min() < -most or sums.max() > most:
             raise ProtocolError("the sum holds numbers that no sum of this cohort has: a client left the grid")
         mean = sums[: self.size] * (self.rounding * LARGEST / share)
-        around = self.error(self.cohort, weight) * self.size**0.5
+        for start, end, halvings in self._parts():
+            mean[start:end] *= ldexp(1.0, -halvings)
+        around = self.error(self.cohort, weight) * sqrt(sum(ldexp(b - a, -2 * k) for a, b, k in self._parts()))
         if self.clip is not None and (length := _norm(mean)) > self.clip + around:
             raise ProtocolError(
                 f"the mean has norm {length:.7g}; want at most {self.clip:g} (channel.clip): a client has not clipped"
@@ -179,13 +205,20 @@ class Grid:
             raise ProtocolError(f"the sum has a weight of {numbers[0]} steps: a client left the grid")
         return numbers
 
-    def _place(self, x: Array, factor: float, rng: np.random.Generator, out: Ring) -> int:
-        """Write ``x · factor`` on the grid to the beginning of ``out``; how many were cut at the range."""
-        cut = 0
+    def _parts(self) -> Iterator[tuple[int, int, int]]:
+        """Where numbers that have one range begin and end, and how often it is halved."""
+        end, leaves = 0, self.leaves or (self.size,)
+        for halvings, alike in groupby(range(len(leaves)), (self.halvings or (0,)).__getitem__):
+            start, end = end, end + sum(leaves[i] for i in alike)
+            yield start, end, halvings
+
+    def _place(self, x: Array, factor: float, halvings: int, rng: np.random.Generator, out: Ring) -> int:
+        """Write ``x · factor`` on the grid to the beginning of ``out``; how many were cut at the range, so halved."""
+        cut, most = 0, ldexp(self.range, -halvings)
         for start in range(0, len(x), CHUNK):
             y = x[start : start + CHUNK].astype(np.float64) * factor
-            cut += len(y[np.abs(y) > self.range])
-            steps = np.floor(y.clip(-self.range, self.range) * (self.steps / self.range) + rng.random(len(y)))
+            cut += len(y[np.abs(y) > most])
+            steps = np.floor(y.clip(-most, most) * (self.steps / most) + rng.random(len(y)))
             # S + U is rounded up to S + 1 where U is nearly 1 and S so large that fp64 has no room between.
             whole = steps.clip(-self.steps, self.steps).astype(np.int64)
             out[start : start + len(y)] = whole & (1 << self.modulus) - 1
@@ -198,13 +231,15 @@ class RingChannel:
 
     clip: the l2 norm that a client scales its vector down to, none if not set; range: the largest number that a vector
     times its share of the largest weight may hold, beyond which it is cut, and counted; modulus: m, and so many bits a
-    number travel; bits: of a number before it is added to others, by default as many as the cohort has room for.
+    number travel; bits: of a number before it is added to others, by default as many as the cohort has room for;
+    scales: whether each tensor's range follows its changes from round to round ("tensor"), or all have one ("one").
     """
 
     clip: float | None = None
     range: float = 4.0
     modulus: int = 32
     bits: int | None = None
+    scales: Literal["tensor", "one"] = "tensor"
 
     def __post_init__(self) -> None:
         if self.clip is not None and not (self.clip > 0 and isfinite(self.clip)):
@@ -221,10 +256,23 @@ class RingChannel:
         """What a number of a vector takes on the wire."""
         return self.modulus >> 3
 
-    def over(self, cohort: int, size: int, sketches: int, largest_weight: float) -> Grid:
-        """The grid for a cohort and its vectors. ValueError where their sum could wrap."""
+    def over(
+        self,
+        cohort: int,
+        size: int,
+        sketches: int,
+        largest_weight: float,
+        leaves: tuple[int, ...] = (),
+        halvings: tuple[int, ...] = (),
+    ) -> Grid:
+        """The grid for a cohort and its vectors. ValueError where their sum could wrap.
+
+        leaves: numbers of each tensor; halvings: of the range for each of them, none at all where nothing is given.
+        """
         bits = widest(self.modulus, cohort) if self.bits is None else self.bits
-        return Grid(self.modulus, bits, self.range, self.clip, cohort, size, sketches, largest_weight)
+        leaves = leaves if self.scales == "tensor" else ()
+        each = (leaves, halvings or (0,) * len(leaves))
+        return Grid(self.modulus, bits, self.range, self.clip, cohort, size, sketches, largest_weight, *each)
 
 
 def widest(modulus: int, cohort: int) -> int:

@@ -39,9 +39,12 @@ class Terms:
         """
         return f"{self.run} {settings_digest(self.settings)}"
 
-    def grids(self, task: Task, cohort: int) -> tuple[Grid, ...]:
-        """The grid of each pass for a cohort of this size. ValueError where a sum could wrap."""
-        return grids(self.rule, self.channel, task, cohort, self.largest_weight, self.exactness)
+    def grids(self, task: Task, cohort: int, halvings: tuple[tuple[int, ...], ...] = ()) -> tuple[Grid, ...]:
+        """The grid of each pass for a cohort of this size. ValueError where a sum could wrap.
+
+        halvings: of the range for each tensor of each pass, as all have agreed to; none, and each has the whole range.
+        """
+        return grids(self.rule, self.channel, task, cohort, self.largest_weight, self.exactness, halvings)
 
     def layout_hash(self, task: Task) -> str:
         """The digest in hex of what is summed in a round: names and shapes, pass by pass, sketches apart."""
@@ -64,15 +67,16 @@ class Terms:
         hides_ranks: bool = False,
         deadlines: Mapping[str, int] | None = None,
         dp: Mapping[str, str | int] | None = None,
+        halvings: tuple[tuple[int, ...], ...] = (),
     ) -> tuple[Params, tuple[Grid, ...]]:
         """The parameters of a session, and the grid of each pass.
 
         ranks: the cohort and the rank of each; ids: what the protocol calls each; session: 16 random bytes;
-        hides_ranks: whether the rule's vectors and models are the same for every rank. ValueError for a cohort that the
-        protocol or the ring has no room for.
+        hides_ranks: whether the rule's vectors and models are the same for every rank; halvings: as in ``grids``.
+        ValueError for a cohort that the protocol or the ring has no room for.
         """
         task, cohort = state.task, sorted(ranks, key=lambda client: ids[client])
-        grid = self.grids(task, len(cohort))
+        grid = self.grids(task, len(cohort), halvings)
         constant = self.rule.constant(task.spec)
         models = {
             str(rank): model_digest(self.rule.send(state, rank), constant).hex() for rank in sorted({*ranks.values()})
@@ -102,6 +106,7 @@ class Terms:
             ranks=() if hides_ranks else tuple(ranks[client] for client in cohort),
             dp=dp or {},
             deadlines=deadlines or {},
+            halvings=halvings,
         )
         return params, grid
 
@@ -121,6 +126,7 @@ class Terms:
             rank=rank,
             base=self.base,
             m=self.channel.modulus,
+            leaves=tuple(len(x.leaves) for x in grid) if self.channel.scales == "tensor" else (),
         )
 
 

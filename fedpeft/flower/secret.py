@@ -17,6 +17,7 @@ from fedpeft.adapters import Spec, Update
 from fedpeft.errors import ConfigError, ProtocolError
 from fedpeft.flower.agreement import Terms
 from fedpeft.flower.answers import Refusal, pack_refusal
+from fedpeft.flower.footprints import Footprints
 from fedpeft.flower.jobs import Ready, ready, received, to_keep
 from fedpeft.flower.member import Secure, is_last_word, step_of
 from fedpeft.flower.participant import Participant, RefusedError, refusal_of
@@ -38,11 +39,16 @@ _BROKEN = "this client could not answer"
 
 
 def answer_secure(
-    participant: Participant, client_of: Callable[[Message], int], messages: Sequence[Message], vault: Vault
+    participant: Participant,
+    client_of: Callable[[Message], int],
+    messages: Sequence[Message],
+    vault: Vault,
+    notes: Footprints | None = None,
 ) -> Iterator[RecordDict]:
     """An answer to each message of a secure session, in order; clients that have to train are trained together.
 
-    What needs no training is answered when its turn comes, so that no two clients' vectors are in memory.
+    What needs no training is answered when its turn comes, so that no two clients' vectors are in memory. notes: where
+    they write down the memory that their training has taken.
     """
     shared = _Shared(participant)
     plans = [_planned(participant, shared, client_of, message, vault) for message in messages]
@@ -55,6 +61,8 @@ def answer_secure(
             yield pack_refusal(now)
             continue
         result = next(results) if now.ready is not None else None
+        if now.ready is not None and now.ready.job is not None and isinstance(result, Done):
+            participant.note(notes, now.ready.job)
         try:
             yield pack_reply(now.finish(result))
         except Exception as error:

@@ -75,7 +75,7 @@ class OwnVectors(Vectors):
         if (task.round, task.pass_) != (self.params.fl_round, pass_):
             raise ProtocolError(f"round {task.round}, pass {task.pass_} came; want {self.params.fl_round}, {pass_}")
         # By the agreed parameters and nothing else: a client on a finer grid than the others stands out in the sum.
-        grid = self.terms.grids(task, self.params.n)[pass_]
+        grid = self.terms.grids(task, self.params.n, self.params.halvings)[pass_]
         here = self.participant
         weight = here.weighting.weight(here.examples(self.client).train)
         rng = np.random.default_rng(int.from_bytes(self.secure.entropy(32)))

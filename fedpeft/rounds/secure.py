@@ -7,11 +7,12 @@ the protocol's business; the round knows when a pass has been summed, and what t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import numpy as np
 
 from fedpeft.adapters import Array, Tensors, Update
-from fedpeft.channel import Grid, RingChannel
+from fedpeft.channel import Grid, RingChannel, Seen
 from fedpeft.errors import ProtocolError
 from fedpeft.rounds.answer import STATISTICS, measured, need_finite
 from fedpeft.rounds.exactness import compared, of_client
@@ -23,19 +24,34 @@ from fedpeft.secagg.protocol import Phase, Ring, ServerSide
 
 
 def grids(
-    rule: Rule, channel: RingChannel, task: Task, cohort: int, largest_weight: float, exactness: bool = False
+    rule: Rule,
+    channel: RingChannel,
+    task: Task,
+    cohort: int,
+    largest_weight: float,
+    exactness: bool = False,
+    halvings: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[Grid, ...]:
-    """The grid of each pass of a round, which client and server work out for themselves. ValueError where a sum could
-    wrap."""
+    """The grid of each pass of a round, which client and server work out for themselves.
+
+    halvings: of the channel's range, for each tensor of each pass; the whole range for all where there are none.
+    ValueError where a sum could wrap, and for halvings that are not those of the rule's tensors.
+    """
+    sizes = _sizes(rule, task, exactness)
+    if len(halvings) not in (0, len(sizes)):
+        raise ValueError(f"halvings: got those of {len(halvings)} passes; want {len(sizes)}, or none")
+    each = zip(sizes, halvings or ((),) * len(sizes), strict=True)
     return tuple(
-        channel.over(cohort, size, sketches, largest_weight) for size, sketches in _sizes(rule, task, exactness)
+        channel.over(cohort, sum(leaves), sketches, largest_weight, leaves, finer) for (leaves, sketches), finer in each
     )
 
 
-def _sizes(rule: Rule, task: Task, exactness: bool) -> list[tuple[int, int]]:
-    """How many numbers an encoding and its sketches have in each pass."""
+def _sizes(rule: Rule, task: Task, exactness: bool) -> list[tuple[tuple[int, ...], int]]:
+    """How many numbers each tensor of an encoding has, and its sketches, in each pass."""
     tasks = [replace(task, pass_=pass_) for pass_ in range(rule.passes)]
-    return [(rule.layout(x).size, measured(rule, x, exactness).size) for x in tasks]
+    return [
+        (tuple(prod(shape) for _, shape in rule.layout(x).shapes), measured(rule, x, exactness).size) for x in tasks
+    ]
 
 
 def contribute_ring(
@@ -90,6 +106,8 @@ class SecureRound:
     exactness: bool = field(default=False, kw_only=True)
     saturated: int = field(init=False, default=0)
     """How many numbers of all clients and passes were cut at the channel's range."""
+    seen: list[Seen] = field(init=False, default_factory=list[Seen], repr=False)
+    """Of each pass that is summed, what its sum says of how fine its grid may be."""
     _numbers: dict[bytes, int] = field(init=False)
     _answered: set[int] = field(init=False, default_factory=set[int])
     _mean: tuple[Array, float, Array] | None = field(init=False, default=None, repr=False)
@@ -103,7 +121,7 @@ class SecureRound:
             raise ValueError(
                 f"ids: got {len(self._numbers)} for {len(self.ranks)} clients; want one for each, no two the same"
             )
-        want = _sizes(self.rule, self.state.task, self.exactness)
+        want = [(sum(leaves), n) for leaves, n in _sizes(self.rule, self.state.task, self.exactness)]
         if (got := [(x.size, x.sketches) for x in self.grid]) != want:
             raise ValueError(f"grid: got sizes {got}; want those of the rule's passes, {want}")
 
@@ -226,7 +244,9 @@ class SecureRound:
         if len(self.session.survivors) < self.quorum:
             raise ProtocolError(f"too few answers: got {len(self.session.survivors)}; want at least {self.quorum}")
         mean = grid.down(total)
-        self.saturated += grid.saturated(total)
+        cut = grid.saturated(total)
+        self.saturated += cut
+        self.seen.append(Seen.of(grid, mean[0], mean[1], len(self.session.survivors), cut))
         if task.pass_ + 1 == self.rule.passes:
             self._mean = mean
             return

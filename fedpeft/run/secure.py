@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from secrets import token_bytes
 
 from fedpeft.adapters import Spec
-from fedpeft.channel import RingChannel
+from fedpeft.channel import RingChannel, Scales
 from fedpeft.config import Experiment
 from fedpeft.config.ranks import largest_rank
 from fedpeft.errors import ConfigError, ProtocolError
@@ -26,7 +26,8 @@ class Sessions:
 
     roster: who may take part; policy: what the coordinator takes clients to ask for, which each of them holds to by
     itself; helper: asks the second server, where the protocol has one; barred: clients that were found to cheat, who
-    are not asked again.
+    are not asked again; scales: of the last round that summed these tensors, pass by pass. No file of the run has them:
+    after a resume the first round has the channel's whole range for all tensors again.
     """
 
     found: Experiment
@@ -34,6 +35,7 @@ class Sessions:
     policy: Policy
     helper: Callable[[bytes], bytes] | None = None
     barred: dict[int, str] = field(default_factory=dict[int, str])
+    scales: dict[str, tuple[Scales, ...]] = field(default_factory=dict[str, tuple[Scales, ...]])
 
     def drive(
         self, fleet: Fleet, state: ServerState, ranks: Mapping[int, int], known: int, on_reply: OnReply
@@ -43,14 +45,18 @@ class Sessions:
         ids, strangers = identities(fleet, sorted(ranks), found.fleet.patience)
         strangers |= {c: "is not in the roster" for c, x in ids.items() if x not in self.roster.ids}
         rounds: list[SecureRound] = []
+        terms = self._terms(fleet)
+        layout = terms.layout_hash(state.task)
 
         def opened(attempt: int, without: frozenset[int]) -> SecureRound:
             cohort = {c: rank for c, rank in ranks.items() if c not in strangers and c not in without}
-            rounds.append(self._open(fleet, state, cohort, ids, known, attempt))
+            halvings = tuple(x.halvings for x in self.scales.get(layout, ()))
+            rounds.append(self._open(terms, state, cohort, ids, known, attempt, halvings))
             return rounds[-1]
 
         deadline, patience = found.selection.deadline, found.fleet.patience
         round, traffic = retried(fleet, opened, deadline, patience, self.helper, on_reply)
+        self.scales[layout] = rescaled(round, self.scales.get(layout, ()))
         culprits = {client: why for x in rounds for client, why in x.culprits.items()}
         left_out = {client: why for client, why in culprits.items() if client not in round.ranks}
         round.refused.extend(sorted((strangers | left_out).items()))
@@ -69,28 +75,24 @@ class Sessions:
 
     def _open(
         self,
-        fleet: Fleet,
+        terms: Terms,
         state: ServerState,
         cohort: Mapping[int, int],
         ids: Mapping[int, bytes],
         known: int,
         attempt: int,
+        halvings: tuple[tuple[int, ...], ...],
     ) -> SecureRound:
         found, protocol = self.found, self._protocol
-        assert isinstance(found.channel, RingChannel), "config asks for the ring"
         assert isinstance(found.rule, MeanRule), "config asks for a rule of means"
         ranks = self.cohort(cohort)
         mine = {client: ids[client] for client in ranks}
-        exactness, name = found.evaluation.exactness, found.settings["secagg"]["name"]
-        terms = Terms(
-            *(found.run, name, found.rule, found.channel, found.weighting.largest, fleet.base, exactness),
-            settings=fleet.settings,
-        )
         try:
             params, grid = terms.proposal(
                 *(protocol, state, ranks, mine, token_bytes(16), attempt),
                 consistency=protocol.is_consistent,
                 hides_ranks=found.rule.hides_ranks,
+                halvings=halvings,
             )
             session = protocol.server(params, self.roster)
         except ValueError as error:
@@ -101,7 +103,15 @@ class Sessions:
             rule=found.rule,
             optimiser=found.server,
             clients=known,
-            exactness=exactness,
+            exactness=terms.exactness,
+        )
+
+    def _terms(self, fleet: Fleet) -> Terms:
+        found = self.found
+        assert isinstance(found.channel, RingChannel), "config asks for the ring"
+        return Terms(
+            *(found.run, found.settings["secagg"]["name"], found.rule, found.channel, found.weighting.largest),
+            *(fleet.base, found.evaluation.exactness, fleet.settings),
         )
 
     @property
@@ -134,7 +144,8 @@ def secrecy(found: Experiment, cohort: int) -> tuple[tuple[str, str], ...]:
         (
             "a number",
             f"{grid.bits} bits of a ring of {channel.modulus}, in steps of {grid.rounding:.2g} up to {channel.range:g} "
-            f"(times weight / {found.weighting.largest:g})",
+            f"(times weight / {found.weighting.largest:g})"
+            + (", and finer for tensors of small changes after the first round" if channel.scales == "tensor" else ""),
         ),
     )
 
@@ -161,6 +172,14 @@ def _holders(policy: Policy) -> int:
     while int(count * (1 - policy.max_dropout) + 1e-9) < policy.min_slice:
         count += 1
     return count
+
+
+def rescaled(round: SecureRound, had: tuple[Scales, ...]) -> tuple[Scales, ...]:
+    """The scales for the next round of these tensors; those of this one where it has failed, or has only one."""
+    if len(round.seen) < round.rule.passes or not all(x.leaves for x in round.grid):
+        return had
+    had = had or tuple(Scales(x.halvings) for x in round.grid)
+    return tuple(scales.after(seen) for scales, seen in zip(had, round.seen, strict=True))
 
 
 def _record(

@@ -49,7 +49,7 @@ class Collector(OnePhase):
     @override
     def _refusal(self, id_: bytes, body: memoryview) -> str:
         said = Abort.read(body)
-        return said.code if said.is_of(id_, self._session) else "without a signature"
+        return said.code if said.is_of(id_, self.session) else "without a signature"
 
     @override
     def _take(self, id_: bytes, body: memoryview) -> None:

@@ -3,6 +3,7 @@
 One phase a pass, in which every client sends its vector in the clear. A real run refuses it by its label.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,14 +110,14 @@ class MockServer(OnePhase):
     """Adds up what the clients of a cohort send, pass by pass. dims: the length of each pass's vectors."""
 
     def __init__(
-        self, session: bytes, cohort: tuple[bytes, ...], threshold: int, modulus: int, dims: tuple[int, ...]
+        self, session: bytes, cohort: Collection[bytes], threshold: int, modulus: int, dims: tuple[int, ...]
     ) -> None:
         super().__init__(session, cohort, dims)
-        self._threshold, self._modulus = threshold, modulus
+        self.threshold, self.modulus = threshold, modulus
 
     @override
     def _question(self) -> bytes:
-        return b"".join([_byte(self._modulus), *(size.to_bytes(_SIZE) for size in self._dims)])
+        return b"".join([_byte(self.modulus), *(size.to_bytes(_SIZE) for size in self.dims)])
 
     @override
     def _refusal(self, id_: bytes, body: memoryview) -> str:
@@ -126,17 +127,17 @@ class MockServer(OnePhase):
     def _take(self, id_: bytes, body: memoryview) -> None:
         if body[:ID_SIZE] != id_:
             raise ProtocolError("a vector that is another's")
-        ring.add_packed(self._sum, body[ID_SIZE:], self._modulus)
+        ring.add_packed(self._sum, body[ID_SIZE:], self.modulus)
 
     @override
     def close(self) -> None:
         super().close()
-        if len(self._answered) < self._threshold:
+        if len(self._answered) < self.threshold:
             self._is_over = True
             raise ProtocolError(
-                f"too few answers: got {len(self._answered)}; want {self._threshold} of {len(self._cohort)}"
+                f"too few answers: got {len(self._answered)}; want {self.threshold} of {len(self.cohort)}"
             )
-        self._summed(self._sum & np.uint32(2**self._modulus - 1))
+        self._summed(self._sum & np.uint32(2**self.modulus - 1))
 
 
 def _byte(number: int) -> bytes:

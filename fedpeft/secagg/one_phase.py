@@ -20,13 +20,13 @@ class OnePhase(ServerSide):
     def __init__(self, session: bytes, cohort: Collection[bytes], dims: tuple[int, ...]) -> None:
         if not dims:
             raise ValueError("no lengths of vectors: got dims = (); want one for each pass")
-        self._session, self._cohort, self._dims = session, frozenset(cohort), dims
+        self.session, self.cohort, self.dims = session, frozenset(cohort), dims
         self._pass, self._is_over = 0, False
         self._out: set[bytes] = set()
         self._survivors: tuple[bytes, ...] = ()
         self._total: Ring | None = None
         self._culprits: dict[bytes, str] = {}
-        self._open(self._cohort)
+        self._open(self.cohort)
 
     @abstractmethod
     def _question(self) -> bytes:
@@ -42,13 +42,13 @@ class OnePhase(ServerSide):
 
     def _open(self, asked: Collection[bytes]) -> None:
         self._waiting, self._answered = set(asked), set[bytes]()
-        self._sum: Ring = np.zeros(self._dims[self._pass], np.uint32)
+        self._sum: Ring = np.zeros(self.dims[self._pass], np.uint32)
 
     def _summed(self, total: Ring) -> None:
         """A pass has its sum: the next one begins with those who are in it, without who was dropped."""
         self._total, self._survivors = total, tuple(sorted(self._answered))
         self._pass += 1
-        self._is_over = self._pass == len(self._dims)
+        self._is_over = self._pass == len(self.dims)
         if not self._is_over:
             self._open(self._answered - self._out)
 
@@ -73,7 +73,7 @@ class OnePhase(ServerSide):
     def outbox(self) -> Mapping[bytes, bytes]:
         if not self.waiting:
             return {}
-        message = enclose(Kind.ASK_VECTOR, self._session, self._pass, self._question())
+        message = enclose(Kind.ASK_VECTOR, self.session, self._pass, self._question())
         return dict.fromkeys(sorted(self.waiting), message)
 
     @override
@@ -93,17 +93,17 @@ class OnePhase(ServerSide):
         self._answered.add(id_)
 
     def _body(self, id_: bytes, got: Envelope) -> memoryview:
-        if got.kind == Kind.ABORT and got.session == self._session:
+        if got.kind == Kind.ABORT and got.session == self.session:
             raise Refused("aborted", f"refuses: {self._refusal(id_, got.body)}")
-        if (got.kind, got.session, got.pass_) != (Kind.VECTOR, self._session, self._pass):
+        if (got.kind, got.session, got.pass_) != (Kind.VECTOR, self.session, self._pass):
             raise Refused("phase", f"{got.kind.name.lower()} of pass {got.pass_}; want a vector of pass {self._pass}")
         return got.body
 
     @override
     def drop(self, id_: bytes) -> None:
         """Go on without this one: what it has sent stays in this pass's sum. ValueError for one not of the cohort."""
-        if id_ not in self._cohort:
-            raise ValueError(f"{id_.hex()[:8]} is not of this cohort of {len(self._cohort)}")
+        if id_ not in self.cohort:
+            raise ValueError(f"{id_.hex()[:8]} is not of this cohort of {len(self.cohort)}")
         self._waiting.discard(id_)
         self._out.add(id_)
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 from fedpeft.errors import ProtocolError
 from fedpeft.secagg.encoding import canonical, digest
 from fedpeft.secagg.identity import ID_SIZE
-from fedpeft.secagg.strict import Fields, hexed, parse, shown, text, whole
+from fedpeft.secagg.strict import Fields, array, hexed, parse, shown, text, whole
 
 VERSION = 1
 MOST_CLIENTS = (1 << 16) - 1  # a holder's number is written in 2 bytes
@@ -18,6 +18,7 @@ _MOST_BYTES = 16 << 20
 _MOST_TEXT = 512
 _MOST_COUNT = (1 << 31) - 1
 _MOST_ENTRIES = 1024
+_MOST_TENSORS = 1 << 16
 _DIGEST = 32
 _SESSION = 16
 _DECIMAL = re.compile(r"(0|[1-9][0-9]{0,29})(\.[0-9]{1,60})?")
@@ -34,7 +35,8 @@ class Params:
     ring elements of each pass; layout_hash: digest of what is summed; model_hash: ``hash_models(models)`` in hex;
     models: by rank as text, the digest of what a client of this rank receives; base: the frozen model; cohort: ids in
     hex, ascending; ranks: along the cohort, or none where the rule hides them; dp: what is promised of noise
-    ("noise_multiplier", a decimal string); deadlines: seconds, by phase.
+    ("noise_multiplier", a decimal string); deadlines: seconds, by phase; halvings: pass by pass, how often the range
+    is halved for each tensor, or none at all, where all numbers have the whole range.
     """
 
     v: int
@@ -61,6 +63,7 @@ class Params:
     ranks: tuple[int, ...] = ()
     dp: Mapping[str, str | int] = field(default_factory=dict)
     deadlines: Mapping[str, int] = field(default_factory=dict)
+    halvings: tuple[tuple[int, ...], ...] = ()
 
     def to_json(self) -> bytes:
         """Canonical JSON: what is sent, and what ``ctx`` is the digest of."""
@@ -98,6 +101,7 @@ class Params:
             ranks=found.array("ranks", MOST_CLIENTS, lambda x, name: whole(x, 0, _MOST_COUNT, name)),
             dp=found.table("dp", _MOST_ENTRIES, _noise),
             deadlines=found.table("deadlines", _MOST_ENTRIES, _deadline),
+            halvings=found.array("halvings", MOST_PASSES, _halvings),
         )
         if made.to_json() != data:
             raise ProtocolError("params: the JSON is not canonical; want sorted keys, no spaces and ASCII")
@@ -168,6 +172,10 @@ def _model(rank: str, value: object, name: str) -> str:
 def _noise(key: str, value: object, name: str) -> str | int:
     text(key, _MOST_TEXT, f"{name}, the key")
     return whole(value, 0, _MOST_COUNT, name) if type(value) is int else text(value, _MOST_TEXT, name)
+
+
+def _halvings(value: object, name: str) -> tuple[int, ...]:
+    return array(value, _MOST_TENSORS, lambda x, name: whole(x, 0, _MOST_COUNT, name), name)
 
 
 def _deadline(key: str, value: object, name: str) -> int:

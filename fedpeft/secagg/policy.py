@@ -13,6 +13,7 @@ from fedpeft.secagg.terms import SUITES, Expected, History, Policy
 __all__ = ["SUITES", "Expected", "History", "Policy", "check", "slice_is_safe"]
 
 MODULI = (16, 24, 32)
+MOST_HALVINGS = 30
 MASKED = ("full", "kregular")  # the suites whose masks are shared out among clients
 
 
@@ -166,6 +167,14 @@ def _contents(case: _Case) -> Iterator[_Check]:
         not policy.layouts or p.layout_hash in policy.layouts,
         f"params.layout_hash: got {p.layout_hash}, which is none of this client's policy.layouts",
     )
+    yield (
+        "scales",
+        not p.halvings or tuple(map(len, p.halvings)) == want.leaves,
+        f"params.halvings: got {_few(tuple(map(len, p.halvings)))} in its passes; the rule's tensors, as the run's "
+        f"settings scale them, are {_few(want.leaves)}",
+    )
+    most = max((k for pass_ in p.halvings for k in pass_), default=0)
+    yield ("scales", most <= MOST_HALVINGS, f"params.halvings: got {most}; want at most {MOST_HALVINGS}")
     yield ("base", p.base == want.base, f"params.base: got {p.base!r}; the run's settings want {want.base!r}")
     yield (
         "base",

@@ -77,12 +77,7 @@ class Fields:
 
     def array(self, key: str, most: int, each: Callable[[object, str], T]) -> tuple[T, ...]:
         """A list of at most so many, each read by ``each``, which is given the value and its name."""
-        value, name = self.found[key], f"{self.what}.{key}"
-        if not isinstance(value, list):
-            raise ProtocolError(f"{name}: got {shown(value)}; want a list")
-        if len(value) > most:
-            raise ProtocolError(f"{name}: got {len(value):,} entries; want at most {most:,}")
-        return tuple(each(x, f"{name}[{i}]") for i, x in enumerate(value))
+        return array(self.found[key], most, each, f"{self.what}.{key}")
 
     def table(self, key: str, most: int, each: Callable[[str, object, str], T]) -> dict[str, T]:
         """An object of at most so many keys, each read by ``each``, which is given key, value and name."""
@@ -92,6 +87,15 @@ class Fields:
         if len(value) > most:
             raise ProtocolError(f"{name}: got {len(value):,} entries; want at most {most:,}")
         return {k: each(k, x, f"{name}.{shown(k)}") for k, x in value.items()}
+
+
+def array(value: object, most: int, each: Callable[[object, str], T], name: str) -> tuple[T, ...]:
+    """A list of at most so many, each read by ``each``, which is given the value and its name."""
+    if not isinstance(value, list):
+        raise ProtocolError(f"{name}: got {shown(value)}; want a list")
+    if len(value) > most:
+        raise ProtocolError(f"{name}: got {len(value):,} entries; want at most {most:,}")
+    return tuple(each(x, f"{name}[{i}]") for i, x in enumerate(value))
 
 
 def whole(value: object, least: int, most: int, name: str) -> int:

@@ -85,7 +85,8 @@ class Expected:
     """What a client works out for itself from the run's settings, in the words of ``Params``.
 
     range, clip, weighting are compared as numbers; bits, m: None where the settings leave them open; rank: the largest
-    that this client trains (the server may ask for a lower one), None where the rule hides ranks.
+    that this client trains (the server may ask for a lower one), None where the rule hides ranks; leaves: tensors of
+    each pass that may have a range of their own, none where all share one.
     """
 
     layout_hash: str
@@ -97,3 +98,4 @@ class Expected:
     rank: int | None
     base: str
     m: int | None = None
+    leaves: tuple[int, ...] = ()

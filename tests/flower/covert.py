@@ -100,12 +100,13 @@ class Stage:
         state: ServerState | None = None,
         attempt: int = 0,
         quorum: int = 1,
+        halvings: tuple[tuple[int, ...], ...] = (),
     ) -> SecureRound:
         state = first_state() if state is None else state
         ranks = {c: self.rank(c) for c in (range(self.clients) if cohort is None else cohort)}
         ids = {c: self.ids[c] for c in ranks}
         terms = Terms(RUN, self.suite, self.rule, self.channel, LARGEST, self.fleet.base, settings="{}")
-        params, grid = terms.proposal(self.protocol, state, ranks, ids, self.entropy(16), attempt)
+        params, grid = terms.proposal(self.protocol, state, ranks, ids, self.entropy(16), attempt, halvings=halvings)
         self.sessions[params.session] = params
         session = self.protocol.server(params, self.roster)
         return SecureRound(state, ranks, ids, quorum, grid, session, rule=self.rule)

@@ -72,8 +72,8 @@ def id_of(client):
     return bytes([client]) * 32
 
 
-def machine(rule, state, ranks, channel, exactness=False, quorum=1, **options):
-    grid = grids(rule, channel, state.task, len(ranks), LARGEST, exactness)
+def machine(rule, state, ranks, channel, exactness=False, quorum=1, halvings=(), **options):
+    grid = grids(rule, channel, state.task, len(ranks), LARGEST, exactness, halvings)
     ids = {client: id_of(client) for client in ranks}
     session = MockServer(bytes(16), tuple(sorted(ids.values())), 1, channel.modulus, tuple(x.length for x in grid))
     return SecureRound(state, ranks, ids, quorum, grid, session, rule=rule, exactness=exactness, **options)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fedpeft.channel import PlainChannel
+from fedpeft.channel import PlainChannel, Scales
 from fedpeft.rounds import SumRound, contribute
 from tests.laws.cohorts import MEAN_RULES, TwoPasses, assert_near, cohort, computed, metrics, start
 from tests.laws.secure import Heard, drive, machine, wide
@@ -46,6 +46,28 @@ def test_the_mean_is_that_of_what_clients_encoded_to_the_stated_rounding(rule, l
         for name, got in mean.items():
             want = sum(clients[c][1] / total * rule.encode(clients[c][0], task)[name] for c, task in tasks.items())
             assert np.abs(got - want).max() <= grid.error(len(tasks), total) * (1 + 1e-6)  # fp64 adds some 1e-9 steps
+
+
+@each_mean_rule
+@pytest.mark.parametrize("modulus", [16, 24])
+def test_with_the_scales_of_the_round_before_each_tensors_mean_is_right_to_its_own_rounding(rule, modulus):
+    state = start()
+    clients = cohort(rule, state, ranks=RANKS.values())
+    channel = wide(rule, state, clients, RANKS, modulus)
+    first = machine(rule, state, RANKS, channel)
+    drive(first, clients)
+    assert [x.grid for x in first.seen] == list(first.grid)
+    halvings = tuple(Scales(x.grid.halvings).after(x).halvings for x in first.seen)
+    heard, asked = Heard(rule), []
+    m = machine(heard, state, RANKS, channel, halvings=halvings)
+    drive(m, clients, each=lambda pass_, tasks: asked.append(tasks))
+    assert m.saturated == 0
+    total = sum(w for _, w in clients.values())
+    for mean, tasks, grid, ks in zip(heard.means, asked, m.grid, halvings, strict=True):
+        assert grid.halvings == ks
+        for (name, got), bound in zip(mean.items(), grid.errors(len(clients), total), strict=True):
+            want = sum(clients[c][1] / total * rule.encode(clients[c][0], task)[name] for c, task in tasks.items())
+            assert np.abs(got - want).max() <= bound * (1 + 1e-6)
 
 
 @steady

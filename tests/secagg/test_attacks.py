@@ -290,14 +290,15 @@ def test_a_client_refuses_survivors_of_whom_too_few_hold_its_shares() -> None:
 
 
 def test_who_has_too_few_neighbours_left_when_shares_are_dealt_is_left_out_and_the_others_go_on() -> None:
-    found = cohort(12, suite="kregular", t=3, k=4, policy=replace(OPEN, min_threshold=0.5))
+    # In this graph four are out, the most that clients' policies allow of twelve; in others it is five.
+    found = cohort(12, suite="kregular", t=3, k=4, policy=replace(OPEN, min_threshold=0.5), seed="a")
     found.until("shares")
     holders = found.server._dealing.holders
     lost = found.server._dealing.around[found.ids[0]][:3]  # so that two are left who hold this one's shares
     found.phase(lost=lost)
     left = found.server.waiting
     assert found.ids[0] not in left
-    assert 6 < len(left) < 9
+    assert len(left) == 8
     assert all(sum(v in left for v in holders[u]) >= 3 for u in left)
     assert all(sum(v in left for v in holders[u]) < 3 for u in set(found.ids) - left - set(lost))
     np.testing.assert_array_equal(found.finish(), found.plain(left))

@@ -40,10 +40,12 @@ PARAMS = Params(
     ranks=(4, 16, 4, 16, 16),
     dp={"noise_multiplier": "1.1", "delta_bits": 20},
     deadlines={"keys": 60},
+    halvings=((0, 7, 30), (4,)),
 )
 KEYS = {
     *("v", "suite", "consistency", "run_id", "fl_round", "attempt", "session", "n", "t", "k", "m", "bits", "range"),
     *("clip", "dims", "layout_hash", "model_hash", "models", "base", "weighting", "cohort", "ranks", "dp", "deadlines"),
+    "halvings",
 }
 
 
@@ -54,7 +56,7 @@ def test_the_json_has_the_keys_of_the_specification_and_no_others():
 
 def test_parameters_read_back_as_they_were():
     assert Params.from_json(PARAMS.to_json()) == PARAMS
-    bare = replace(PARAMS, clip="", ranks=(), dp={}, deadlines={})
+    bare = replace(PARAMS, clip="", ranks=(), dp={}, deadlines={}, halvings=())
     assert Params.from_json(bare.to_json()) == bare
     assert PARAMS.to_json() == canonical(json.loads(PARAMS.to_json()))
 
@@ -181,6 +183,13 @@ BIG = 1 << 31
         ("deadlines", {"x": "1"}, "params.deadlines.'x': got '1'; want a whole number"),
         ("deadlines", {"\x00": 1}, "the key: got"),
         ("deadlines", {str(i): 1 for i in range(1025)}, "params.deadlines: got 1,025 entries"),
+        ("halvings", 3, "params.halvings: got 3; want a list"),
+        ("halvings", [3], "params.halvings[0]: got 3; want a list"),
+        ("halvings", [[], [4, -1]], "params.halvings[1][1]: got -1; want a whole number from 0 to"),
+        ("halvings", [[True]], "params.halvings[0][0]: got True"),
+        ("halvings", [[BIG]], f"params.halvings[0][0]: got {BIG}"),
+        ("halvings", [[]] * 256, "params.halvings: got 256 entries; want at most 255"),
+        ("halvings", [[0] * 65537], "params.halvings[0]: got 65,537 entries; want at most 65,536"),
         ("extra", 1, "params.'extra': no such key; want v, suite,"),
     ],
 )

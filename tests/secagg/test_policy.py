@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from fedpeft.channel import ring
 from fedpeft.secagg.identity import Identity
 from fedpeft.secagg.params import Params, hash_models
-from fedpeft.secagg.policy import Expected, History, Policy, check, slice_is_safe
+from fedpeft.secagg.policy import MOST_HALVINGS, Expected, History, Policy, check, slice_is_safe
 from fedpeft.secagg.protocol import Refused
 from fedpeft.secagg.roster import Member, Roster
 
@@ -95,6 +96,8 @@ def test_a_client_agrees_to_what_it_wants():
         {"policy": {"layouts": ("22" * 32, "11" * 32), "bases": ("x", "minilm")}},
         {"params": {"dp": {"noise_multiplier": "1.1"}}, "policy": {"min_noise": "1.1"}},
         {"params": {"dp": {"noise_multiplier": "10"}}, "policy": {"min_noise": "9.5"}},
+        {"params": {"halvings": ((0, 30), (30,))}, "expected": {"leaves": (2, 1)}},
+        {"expected": {"leaves": (2, 1)}},
         {"params": HIDDEN, "expected": {"rank": None}},
         {"params": HIDDEN, "expected": {"rank": None}, "policy": {"min_slice": 12}},
         {"params": ranked(*[4] * 9, 8, 8, 8), "expected": {"rank": 4}},
@@ -169,6 +172,26 @@ REFUSED = [
     ("layout", {"params": {"dims": (1,) * 9}}, "params.dims: got 1, 1, 1, 1, 1, 1, 1, 1, …; the rule's"),
     ("layout", {"params": {"layout_hash": "12" * 32}}, "got 1212121212121212; what this client would add has 1111"),
     ("layout", {"policy": {"layouts": ("22" * 32,)}}, "which is none of this client's policy.layouts"),
+    *(
+        ("scales", {"params": {"halvings": ks}, "expected": {"leaves": (2, 1)}}, f"got {got} in its passes; the rule's")
+        for ks, got in [(((0, 1), (2, 3)), "2, 2"), (((0, 1),), "2"), (((2,), (0, 1)), "1, 2"), (((), ()), "0, 0")]
+    ),
+    (
+        "scales",
+        {"params": {"halvings": ((0, 0), (0,))}},
+        "params.halvings: got 2, 1 in its passes; the rule's tensors, as",
+    ),
+    ("scales", {"params": {"halvings": ((0, 0),)}}, "as the run's settings scale them, are none"),
+    (
+        "scales",
+        {"params": {"halvings": ((31, 0), (0,))}, "expected": {"leaves": (2, 1)}},
+        "params.halvings: got 31; want at most 30",
+    ),
+    (
+        "scales",
+        {"params": {"halvings": ((30, 0), (1 << 30,))}, "expected": {"leaves": (2, 1)}},
+        "params.halvings: got 1073741824; want at most 30",
+    ),
     ("base", {"params": {"base": "other"}}, "params.base: got 'other'; the run's settings want 'minilm'"),
     ("base", {"policy": {"bases": ("gemma",)}}, "params.base: got 'minilm'; this client's policy has gemma"),
     ("noise", {"policy": {"min_noise": "0.1"}}, "got '0'; this client's policy wants 0.1 or more, as decimal text"),
@@ -245,6 +268,10 @@ def test_a_client_refuses_with_a_code_and_the_reason(code, changes, message):
     assert message in str(error.value)
     assert str(error.value).startswith("params.")
     assert error.value.culprit is None
+
+
+def test_halvings_are_bounded_as_a_grid_bounds_them():
+    assert MOST_HALVINGS == ring.MOST_HALVINGS
 
 
 def test_every_code_is_a_short_word_that_says_nothing_secret():

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -148,11 +148,12 @@ class StillAsks(MockServer):
         self._out.add(id_)
 
 
-@dataclass(slots=True, eq=False)
 class Hoards(MockServer):
     """Keeps every message."""
 
-    messages: list[bytes] = field(default_factory=list, init=False)
+    def __init__(self, *about):
+        MockServer.__init__(self, *about)
+        self.messages = []
 
     def receive(self, id_, message):
         MockServer.receive(self, id_, message)
