@@ -32,7 +32,7 @@ class Case:
 
 
 CASES = (
-    Case("onnx-int8", "onnx", 512, "int8"),
+    Case("onnx-int8", "onnx", 512, "int8", recompute=True),
     Case("torch-int8", "torch", 768, "int8", recompute=True),
     Case("torch-nf4", "torch", 768, "nf4", recompute=True),
 )

@@ -1,10 +1,8 @@
 """A kit's graph, opened in stock onnxruntime."""
 
-import ctypes
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -13,19 +11,23 @@ from numpy.typing import NDArray
 
 from fedpeft.data import Padded
 from fedpeft.errors import ConfigError
-from fedpeft.training.environment import allocator
+from fedpeft.ondevice.weights import mapped
+from fedpeft.training.environment import allocator, give_back
 from fedpeft.training.kit import BASE, STEP, Kit
 
 _QUIET = 4  # nothing but what ends the process
-_READ = 1  # PROT_READ
 _ALLOCATOR = {-1: 1 << 17, -2: 0, -3: 1 << 17}  # trim threshold, top pad, mmap threshold (glibc's malloc.h)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
-    """An opened graph: of a batch and an adapter it gives losses, and gradients of their sum where it has them."""
+    """An opened graph: of a batch and an adapter it gives losses, and gradients of their sum where it has them.
+
+    weights: what the session reads, which does not keep them alive.
+    """
 
     session: Any
+    weights: Mapping[str, Any]
 
     @classmethod
     def open(cls, kit: Kit, name: str, threads: int, frugal: bool = False) -> Self:
@@ -39,17 +41,20 @@ class Graph:
         file = kit.path(name)
         if frugal:
             _give_back_at_once()
+            give_back()  # what tokenising left, and the graph that was open before: 22 and 39 MB for SmolLM2
         options = _options(threads, frugal)
         try:
+            weights = mapped(file, kit.path(BASE))
+            for weight, value in weights.items():
+                options.add_initializer(weight, value)  # its like for weights outside, of several at once, copies them
             session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # of many kinds, all onnxruntime's own
+        except Exception as error:  # of many kinds, nearly all onnxruntime's own
             why = " ".join(str(error).split())[:300]
             raise ConfigError(
                 f"kit: {file} can't be run by onnxruntime {onnxruntime.__version__}: {why}; install the version that "
                 f"the kit was made for, or export it anew"
             ) from error
-        _never_written(kit.path(BASE))
-        graph = cls(session)
+        graph = cls(session, weights)
         graph._check(str(file), kit, name)
         return graph
 
@@ -121,22 +126,6 @@ def _give_back_at_once() -> None:
     that double the peak of a step.
     """
     allocator(_ALLOCATOR)
-
-
-def _never_written(file: Path) -> None:
-    """Make this process's maps of a file read-only, where they are known: onnxruntime maps weights to be written.
-
-    Nothing writes them; but what could be written counts as the process's own memory where that is limited
-    (RLIMIT_DATA), and a base is most of it.
-    """
-    if sys.platform != "linux":
-        return
-    c = ctypes.CDLL(None, use_errno=True)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        place, rights, _, _, _, *name = line.split(maxsplit=5)
-        if rights.startswith("rw") and name and Path(name[0]) == file.resolve():
-            start, stop = (int(x, 16) for x in place.split("-"))
-            c.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _READ)  # one that fails stays as it was
 
 
 def _only_wanted() -> Any:

@@ -169,7 +169,7 @@ class OnnxTrainer:
 
     def _measured(self, fed: Fed, rows: Encoded) -> Metrics:
         done = Metrics(examples=len(rows))
-        for chosen in by_length(rows.lengths, self.training.batch):
+        for chosen in by_length(rows.lengths, self.training.rows):
             losses, hits = self.graph(EVALUATE).run(
                 self._batch(rows.store, rows.index[chosen]), fed.inputs, ["losses", "hits"]
             )

@@ -12,16 +12,16 @@ budget = script("budget")
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is the kernel's, and the peak is read from /proc")
-@pytest.mark.parametrize(("name", "limit", "most"), [("torch-int8", 768, 768), ("onnx-int8", 512, 512 * 1.048576)])
-def test_smollm2_trains_within_its_budget_and_not_in_half_of_it(name, limit, most, tmp_path):
+@pytest.mark.parametrize(("name", "limit"), [("torch-int8", 768), ("onnx-int8", 512)])
+def test_smollm2_trains_within_its_budget_and_not_in_half_of_it(name, limit, tmp_path):
     case = replace(next(x for x in budget.CASES if x.name == name), steps=5)
     packages = kit = None
     if case.runtime == "onnx":
         packages, kit = budget.without_torch(tmp_path / "packages"), budget.kit_of_case(case)
     free = budget.run(case, None, kit, packages)  # which also packs torch's base, where that was not done before
     within = budget.run(case, case.budget, kit, packages)
-    assert case.budget == limit  # MB that are the process's own; the peak has mapped files too, and is in MiB for 512
-    assert within.peak <= most
+    assert case.budget == limit
+    assert within.peak <= limit  # with the files that are mapped, which the kernel's limit leaves out
     assert within.after < within.before - 0.1
     assert (within.before, within.after, within.training) == pytest.approx(
         (free.before, free.after, free.training),

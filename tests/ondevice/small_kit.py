@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from fedpeft.adapters import Adapter, LowRank
+from fedpeft.rounds import derive
 from fedpeft.training.kit import BASE, EVALUATE, START, STEP, TEMPLATE, TOKENIZER, Facts, Kit, write_manifest
 
 WORDS = ("<pad>", "<s>", "</s>", "<user>", "<bot>", "<unk>", *"abcdefghijkl")
@@ -42,8 +43,8 @@ def start(task: str) -> Adapter:
     return Adapter(layers, {"head": draw(outputs, TOP), "bias": draw(outputs)})
 
 
-def write(folder: Path, task: str = "classify", trains: str = "ab", opset: int = 21) -> Kit:
-    """Write the kit of a task."""
+def write(folder: Path, task: str = "classify", trains: str = "ab", opset: int = 21, seed: int = 0) -> Kit:
+    """Write the kit of a task, as exported from an experiment with this seed."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(frozen(), folder / BASE)
     adapter = start(task)
@@ -73,6 +74,7 @@ def write(folder: Path, task: str = "classify", trains: str = "ab", opset: int =
         words=len(WORDS),
         vocabulary=len(WORDS) if task == "lm" else 0,
         marks={"bos_token": "<s>", "eos_token": "</s>"},
+        seed=derive(seed, "start"),
     )
     write_manifest(folder, facts)
     return Kit.open(folder)

@@ -2,12 +2,13 @@
 
 import resource
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fedpeft.adapters import Adapter, Basis, LowRank, Pool, cored, same
-from fedpeft.data import Encoded, joined
+from fedpeft.data import Encoded, Padded, joined
 from fedpeft.errors import ConfigError
 from fedpeft.ondevice.session import Graph
 from fedpeft.ondevice.trainer import OnnxTrainer
@@ -144,6 +145,22 @@ def test_evaluation_sums_losses_units_and_hits_with_the_tail_in_place(opened):
         assert x.vector() == pytest.approx(in_torch_measured(trial, rows).vector(), rel=1e-5)
     assert found[2] == Metrics()
     assert found[0].examples == 4
+
+
+def test_an_evaluation_takes_no_more_rows_at_a_time_than_training(opened, monkeypatch):
+    trainer, sizes = opened("lm"), list[int]()
+    count, whole = len(trainer.rows(0, "train")), Graph.run
+
+    def seen(graph: Graph, batch: Padded, *rest: Any) -> Any:
+        sizes.append(len(batch.ids))
+        return whole(graph, batch, *rest)
+
+    monkeypatch.setattr(Graph, "run", seen)
+    for micro, most in ((None, 3), (2, 2)):
+        sizes.clear()
+        some = trainer.over(trainer.federation, replace(trainer.training, batch=3, micro=micro))
+        (metrics,) = some.evaluate_many([Trial(0, "train", some.start())])
+        assert (metrics.examples, sum(sizes), max(sizes)) == (count, count, most)
 
 
 def in_torch_measured(trial: Trial, rows: Encoded) -> Metrics:

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from fedpeft.adapters import same
 from fedpeft.errors import ConfigError
-from fedpeft.training.kit import Kit, write_manifest
+from fedpeft.training.kit import FORMAT, Kit, write_manifest
 from tests.ondevice.small_kit import CLASSES, RANK, SCALE, start, write
 
 
@@ -83,8 +83,8 @@ def test_a_damaged_file_is_named_with_what_to_do(kit, name):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"format": 2, "fedpeft": "9.1"}, r"has format 2, of fedpeft 9.1; fedpeft .* reads 1: use one version"),
-        ({"format": None}, "says no format; want 1"),
+        ({"format": 99, "fedpeft": "9.1"}, rf"has format 99, of fedpeft 9.1; .* reads {FORMAT}: use one version"),
+        ({"format": None}, f"says no format; want {FORMAT}"),
         ({"opset": 99}, "graphs are of ONNX opset 99; fedpeft .* runs up to 21: install fedpeft"),
         ({"opset": "21"}, "is not a kit's: opset: got '21'"),
         ({"pad": None}, "lacks 'pad'"),
@@ -98,7 +98,7 @@ def test_a_damaged_file_is_named_with_what_to_do(kit, name):
         ({"spec": {"layers": [["q", 6, 7, 4.5, 0.5]], "dense": []}}, "spec.layers: got 4.5"),
         ({"spec": {"layers": [["q", 6, 7, 4, 0.5]] * 2, "dense": []}}, "names each tensor once; got twice: .'q/a'"),
         ({"spec": {"layers": [], "dense": [["head", [3, -2]]]}}, r"spec.dense: head has shape \(3, -2\)"),
-        ({"format": True}, "says no format; want 1"),
+        ({"format": True}, f"says no format; want {FORMAT}"),
         ({"cuts": "middle"}, "cuts: got 'middle'"),
         ({"files": {}}, "names no base.safetensors; want"),
         (
