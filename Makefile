@@ -23,7 +23,7 @@ mutants: .venv/ready  ## break each line of the core in turn; every mutant must 
 	$(BIN)/python tests/mutants.py
 
 bench: .venv/ready assets  ## measure what benchmarks/README.md claims
-	for one in overhead memory throughput scale startup curves aggregation secagg device budget plan device_env; do $(BIN)/python benchmarks/$$one.py || exit 1; done
+	for one in overhead memory throughput scale startup curves aggregation secagg device lower budget plan device_env; do $(BIN)/python benchmarks/$$one.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py
 
 studies: .venv/ready assets  ## the sweeps behind simulations/README.md, about two hours on two cores
