@@ -46,6 +46,7 @@ def plan(
     """
     from fedpeft import config
     from fedpeft.run import plan as plans
+    from fedpeft.run.needs import CARRIER
     from fedpeft.training.plan import ENGINES, told
     from fedpeft.training.settings import Method, Model, Training
 
@@ -65,13 +66,20 @@ def plan(
     for column in table.columns[3:]:
         column.justify = "right"
     for number, fit in enumerate(fits, 1):
-        parts = (fit.parts.runtime, fit.parts.base, fit.parts.adapter, fit.parts.activations, fit.parts.work)
+        p = fit.parts
+        parts = (p.runtime, p.base, p.adapter, p.activations + p.kept, p.work)
         each = (f"[dim]{x / 1e6:.0f}[/]" for x in parts)
         base = "fp32" if fit.choice.quantise == "none" else fit.choice.quantise
         total = f"{fit.parts.total / 1e6:.0f}"
         table.add_row(f"{number}", fit.choice.engine, base, total, *each, size(fit.up), size(fit.down))
     console.print(table, highlight=False)
-    console.print("MB at the peak, by part in grey; up and down a client and round\n", style="dim", highlight=False)
+    carried = " or ".join(f"{CARRIER[x] / 1e6:.0f} MB ({x})" for x in engines)
+    console.print(
+        "MB at the peak, by part in grey; up and down a client and round\n"
+        f"on a deployed node Flower's client and its rows take {carried} more, which the node's `memory` is to hold too\n",
+        style="dim",
+        highlight=False,
+    )
     for number, fit in enumerate(fits, 1):
         changes = told(fit.choice, wanted.choice) or "as it is"
         console.print(f"{number}: {changes}", highlight=False, markup=False, soft_wrap=True)

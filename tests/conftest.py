@@ -4,6 +4,7 @@ With FEDPEFT_ASSETS=required, as in CI, a missing asset fails them.
 """
 
 import os
+import sys
 from collections.abc import Generator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,7 @@ from fedpeft.errors import ConfigError, DataError
 from fedpeft.training.environment import prepare
 
 prepare()
+sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # not for peft: see fedpeft.training.environment
 
 
 @pytest.hookimpl(wrapper=True)

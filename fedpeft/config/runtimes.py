@@ -119,7 +119,10 @@ def check_format(model: Model, quantise: str, what: str) -> None:
 
 
 def check_onnx(found: "Experiment", rule: str, what: str) -> None:
-    """Raise ConfigError for what an exported training step can't do. rule: its name; what: who asks for it."""
+    """Raise ConfigError for what an exported training step can't do. rule: its name; what: who asks for it.
+
+    What ``training.lower`` keeps in fp32 makes no difference to a result, so that a step which keeps nothing may do.
+    """
     method = found.adapter
     if method.name != "lora" or is_dora(method):
         raise ConfigError(f'{what}, and an exported step trains plain LoRA; want adapter.method = "lora", or torch')
@@ -134,6 +137,7 @@ def check_onnx(found: "Experiment", rule: str, what: str) -> None:
         ("model.dropout", found.model.dropout, "false"),
         ("adapter.dropout", method.dropout > 0, "0"),
         ("training.precision", found.training.precision == "bf16", "auto, fp32 or fastest"),
+        ("training.lower", found.training.lower == "bf16", "none or fp32"),
     ):
         if is_set:
             raise ConfigError(

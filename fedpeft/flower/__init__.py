@@ -6,8 +6,10 @@ from fedpeft.flower.agreement import Terms
 from fedpeft.flower.answers import Capabilities, Counts
 from fedpeft.flower.apps import answer, client_app, in_process, server_app
 from fedpeft.flower.drive import Evaluation, OnReply, drive, evaluate
+from fedpeft.flower.farewell import farewell
 from fedpeft.flower.fleet import Fleet
 from fedpeft.flower.flow import Flow
+from fedpeft.flower.footprints import Footprint, Footprints
 from fedpeft.flower.identities import identities
 from fedpeft.flower.inprocess import InProcessGrid
 from fedpeft.flower.journal import Journal
@@ -36,6 +38,8 @@ __all__ = [
     "Evaluation",
     "Fleet",
     "Flow",
+    "Footprint",
+    "Footprints",
     "Grid",
     "InProcessGrid",
     "Journal",
@@ -60,6 +64,7 @@ __all__ = [
     "drive",
     "drive_secure",
     "evaluate",
+    "farewell",
     "identities",
     "in_process",
     "its_own",

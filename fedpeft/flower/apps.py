@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.errors import ConfigError
 from fedpeft.flower.answers import pack_refusal
+from fedpeft.flower.footprints import MEMORY_QUERY, Footprints, pack_footprint
 from fedpeft.flower.inprocess import Alike, InProcessGrid, NodeConfig
 from fedpeft.flower.kits import KIT_QUERY, KitMissingError, pack_lack
 from fedpeft.flower.losses import Losses, losing
@@ -58,6 +59,10 @@ def client_app(build: Build, shelf: ShelfOf = _no_shelf) -> ClientApp:
 
     @app.query(KIT_QUERY.partition(".")[2])
     def query_kit(message: Message, context: Context) -> Message:
+        return _answer(build, shelf, message, context)
+
+    @app.query(MEMORY_QUERY.partition(".")[2])
+    def query_memory(message: Message, context: Context) -> Message:
         return _answer(build, shelf, message, context)
 
     @app.query("secure")
@@ -108,14 +113,22 @@ def answer(
     nodes: Mapping[int, NodeConfig],
     vault: Vault | None = None,
     shelf: ShelfOf = _no_shelf,
+    notes: Footprints | None = None,
 ) -> Iterator[Message]:
     """Replies to messages to nodes of these configs, in order; those of one config and settings share a participant.
 
-    vault: what these clients keep of secure sessions between their messages; shelf: see ``client_app``.
+    vault: what these clients keep of secure sessions between their messages; shelf: see ``client_app``; notes: of the
+    memory that their training takes, None where nothing is written down.
     """
     start = 0
     while start < len(messages):
         try:
+            if messages[start].metadata.message_type == MEMORY_QUERY:
+                client = client_of(nodes[messages[start].metadata.dst_node_id])
+                found = None if notes is None else notes.of(client)
+                yield Message(pack_footprint(found), reply_to=messages[start])
+                start += 1
+                continue
             if messages[start].metadata.message_type == KIT_QUERY:
                 here = shelf(nodes[messages[start].metadata.dst_node_id])
                 yield Message(answer_kit(here, messages[start].content), reply_to=messages[start])
@@ -141,7 +154,8 @@ def answer(
             yield Message(pack_refusal(refusal), reply_to=messages[start])
             start += 1
             continue
-        yield from serve(participant, lambda m: client_of(nodes[m.metadata.dst_node_id]), messages[start:stop], vault)
+        batch = messages[start:stop]
+        yield from serve(participant, lambda m: client_of(nodes[m.metadata.dst_node_id]), batch, vault, notes)
         start = stop
 
 
@@ -167,7 +181,8 @@ def _lack(missing: KitMissingError, shelf: ShelfOf, config: NodeConfig) -> Recor
 def _answer(build: Build, shelf: ShelfOf, message: Message, context: Context) -> Message:
     """Not a closure, so that it is pickled by name and this module's cache lives in the process that runs it."""
     config = {message.metadata.dst_node_id: context.node_config}
-    return next(answer(build, [message], config, Vault.within(context.state), shelf))
+    state = context.state
+    return next(answer(build, [message], config, Vault.within(state), shelf, Footprints.within(state)))
 
 
 def _shared(config: NodeConfig) -> tuple[tuple[str, bool | int | float | str], ...]:

@@ -222,6 +222,12 @@ class Registry:
         query = "SELECT DISTINCT client FROM visit WHERE round >= ? AND asked ORDER BY client"
         return tuple(client for (client,) in self._rows(query, round))
 
+    def silent(self) -> frozenset[int]:
+        """The clients whose answer to the last round that asked them did not count, or did not come."""
+        last = "SELECT max(round) FROM visit AS other WHERE other.client = visit.client AND other.asked"
+        query = f"SELECT client FROM visit WHERE asked AND NOT answered AND round = ({last})"
+        return frozenset(client for (client,) in self._rows(query))
+
     def ledger(self, client: int) -> Ledger:
         """What a client has done so far."""
         (row,) = self._rows(

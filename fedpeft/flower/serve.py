@@ -23,6 +23,7 @@ from fedpeft.flower.answers import (
     pack_refusal,
     pack_term,
 )
+from fedpeft.flower.footprints import Footprints
 from fedpeft.flower.jobs import Ready, personal, ready, received, to_keep
 from fedpeft.flower.kept import recall, remember
 from fedpeft.flower.leftover import coded
@@ -49,19 +50,23 @@ def serve(
     client_of: Callable[[Message], int],
     messages: Sequence[Message],
     vault: Vault | None = None,
+    notes: Footprints | None = None,
 ) -> Iterator[Message]:
     """One reply a message, in order, each as soon as it is there.
 
     What goes wrong for one client becomes a refusal with its reason, and the others go on. vault: what clients keep of
-    secure sessions between their messages; none lasts longer than this call.
+    secure sessions between their messages; none lasts longer than this call; notes: where they write down the memory
+    that their training has taken, None where nobody will ask.
     """
     vault = Vault() if vault is None else vault
     for kind, group in groupby(messages, key=_kind):
         batch = list(group)
         if kind == "secure":
-            answers = answer_secure(participant, client_of, batch, vault)
+            answers = answer_secure(participant, client_of, batch, vault, notes)
+        elif kind == "train":
+            answers = _train(participant, client_of, batch, notes)
         else:
-            answers = {"query": _query, "train": _train, "evaluate": _evaluate}[kind](participant, client_of, batch)
+            answers = {"query": _query, "evaluate": _evaluate}[kind](participant, client_of, batch)
         for message, content in zip(batch, answers, strict=True):
             yield Message(content, reply_to=message)
 
@@ -98,7 +103,10 @@ def _capabilities(participant: Participant, client: int, content: RecordDict) ->
 
 
 def _train(
-    participant: Participant, client_of: Callable[[Message], int], messages: Sequence[Message]
+    participant: Participant,
+    client_of: Callable[[Message], int],
+    messages: Sequence[Message],
+    notes: Footprints | None,
 ) -> Iterator[RecordDict]:
     plans = _plans(participant, client_of, messages, _ready)
     jobs = [plan.job for plan in plans if isinstance(plan, Ready) and plan.job is not None]
@@ -108,6 +116,8 @@ def _train(
             yield pack_refusal(plan)
             continue
         result = None if plan.job is None else next(results)
+        if plan.job is not None and isinstance(result, Done):
+            participant.note(notes, plan.job)
         try:
             yield pack_term(_term(participant, plan, result))
         except Exception as error:

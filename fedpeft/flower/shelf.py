@@ -23,6 +23,7 @@ from fedpeft.flower.kits import (
 )
 from fedpeft.flower.packing import Tensor
 from fedpeft.training.kit import MANIFEST, hashed
+from fedpeft.training.room import hold, make_room
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +31,15 @@ class Shelf:
     """A folder of kits by digest; what is whole lies under its digest, and what is on its way beside it.
 
     Processes of one machine may share it: they then fetch a kit in common. What is there is never sent to anybody.
+    When a kit is to come, others make room that were used longest ago (``training.room``).
     """
 
     folder: Path
 
     def kit(self, digest: str) -> Path | None:
-        """The folder of a kit that came whole; None if it did not."""
+        """The folder of a kit that came whole, which then stays while this process runs; None if it did not."""
         folder = self.folder / digest
-        return folder if is_digest(digest) and folder.is_dir() else None
+        return folder if is_digest(digest) and folder.is_dir() and hold(folder) else None
 
     def lacks(self, digest: str) -> Lack:
         """Which bytes of this kit are to come next."""
@@ -116,6 +118,8 @@ class Shelf:
             if files[file][1] != piece.size:
                 raise ProtocolError(f"the kit's {file} has {piece.size} bytes; its manifest says {files[file][1]}")
             wanted = sum(size for f, (_, size) in files.items() if not (parts / f).exists()) - offset
+            if not offset:
+                make_room([x for x in self.folder.iterdir() if is_digest(x.name.removesuffix(".part"))], wanted, parts)
         if (free := shutil.disk_usage(self.folder).free) < wanted:
             raise DataError(
                 f"{self.folder}: has room for {free / 1e6:.0f} MB, and {wanted / 1e6:.0f} MB of the run's kit are to "

@@ -2,9 +2,11 @@
 
 from fedpeft.report.checkpoint import Checkpoint, Checkpoints, settled
 from fedpeft.report.compare import Comparison, compare
+from fedpeft.report.devices import DeviceRecord, MemoryRecord
 from fedpeft.report.folder import FLEET, RunFolder
 from fedpeft.report.history import History, history
 from fedpeft.report.inexact import inexact
+from fedpeft.report.memory import exceeded
 from fedpeft.report.page import write_report
 from fedpeft.report.people import ClientData
 from fedpeft.report.records import BaselineRecord, FinalRecord, RoundRecord, RunRecord, Score, Scores
@@ -19,9 +21,11 @@ __all__ = [
     "Checkpoints",
     "ClientData",
     "Comparison",
+    "DeviceRecord",
     "FinalRecord",
     "History",
     "Json",
+    "MemoryRecord",
     "PhaseRecord",
     "RoundRecord",
     "RunFolder",
@@ -31,6 +35,7 @@ __all__ = [
     "SecureRecord",
     "arrival_table",
     "compare",
+    "exceeded",
     "history",
     "inexact",
     "label_json",

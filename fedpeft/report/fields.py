@@ -96,6 +96,10 @@ class Fields:
                 raise DataError(f"{self.where}, {key}: got {_short(row)}; want {width} numbers")
         return rows
 
+    def objects(self, key: str) -> list["Fields"]:
+        """The list of objects at key; empty if there is none."""
+        return [Fields.of(x, f"{self.where}, {key}") for x in self._list(key)]
+
     def reasons(self, key: str) -> list[tuple[int, str]]:
         """The list at key of pairs of a client's number and a text; empty if there is none."""
         rows = self._list(key)

@@ -14,7 +14,7 @@ from fedpeft.errors import DataError
 from fedpeft.report.checkpoint import Checkpoints
 from fedpeft.report.files import append, refusal, settle_names, write_whole
 from fedpeft.report.journal import METRICS, Line, journal, parse
-from fedpeft.report.records import SCHEMA, Record
+from fedpeft.report.records import KINDS, SCHEMA, Record
 from fedpeft.report.sessions import PRIVACY
 from fedpeft.report.strict import Json, plain
 
@@ -111,7 +111,7 @@ class RunFolder:
             raise ValueError("a record is a mapping")
         line = json.dumps({"schema": SCHEMA, **values}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         if parse(line, "the new record") is None:
-            raise ValueError(f"kind: got {values.get('kind')!r}; want run, round, baseline or final")
+            raise ValueError(f"kind: got {values.get('kind')!r}; want {', '.join(KINDS)}")
         if self._end is None or self._end != self._size():  # not ours alone since then: look at what is there
             self._end = sum(len(x.raw) for x in journal(self.metrics))
         start, self._end = self._end, None  # after a failed write, look again
@@ -121,7 +121,8 @@ class RunFolder:
         return self.metrics.stat().st_size if self.metrics.is_file() else 0
 
     def rewind(self, round: int) -> None:
-        """Forget what was recorded after this many rounds: later rounds and the end of the run."""
+        """Forget what was recorded after this many rounds: later rounds and the end of the run,
+        and what its devices said then."""
         kept = [x.raw for x in journal(self.metrics) if not _is_after(x, round)]
         self._end = None
         write_whole(self.metrics, b"".join(kept))
@@ -134,7 +135,7 @@ class RunFolder:
 
 
 def _is_after(line: Line, round: int) -> bool:
-    return line.kind == "final" or (line.kind == "round" and line.round > round)
+    return line.kind in ("memory", "final") or (line.kind == "round" and line.round > round)
 
 
 def _clear(path: Path) -> None:

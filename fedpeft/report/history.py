@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedpeft.report.devices import MemoryRecord
 from fedpeft.report.folder import RunFolder
 from fedpeft.report.journal import METRICS, journal
 from fedpeft.report.records import BaselineRecord, FinalRecord, RoundRecord, RunRecord
@@ -11,13 +12,15 @@ from fedpeft.report.records import BaselineRecord, FinalRecord, RoundRecord, Run
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """All records of one run: rounds ascending, each once; baselines by name; final is None while it runs."""
+    """All records of one run: rounds ascending, each once; baselines by name; final is None while it runs, and memory
+    in a run whose devices were not asked."""
 
     path: Path
     run: RunRecord
     rounds: tuple[RoundRecord, ...] = ()
     baselines: Mapping[str, BaselineRecord] = field(default_factory=dict[str, BaselineRecord])
     final: FinalRecord | None = None
+    memory: MemoryRecord | None = None
 
     @property
     def bytes_up(self) -> int:
@@ -44,6 +47,7 @@ def history(folder: Path) -> History:
     rounds: dict[int, RoundRecord] = {}
     baselines: dict[str, BaselineRecord] = {}
     final: FinalRecord | None = None
+    memory: MemoryRecord | None = None
     for line in journal(path / METRICS):
         match line.record:
             case RunRecord():
@@ -52,6 +56,8 @@ def history(folder: Path) -> History:
                 rounds[line.record.round] = line.record
             case BaselineRecord():
                 baselines[line.record.name] = line.record
+            case MemoryRecord():
+                memory = line.record
             case FinalRecord():
                 final = line.record
-    return History(path, run, tuple(rounds[n] for n in sorted(rounds)), baselines, final)
+    return History(path, run, tuple(rounds[n] for n in sorted(rounds)), baselines, final, memory)

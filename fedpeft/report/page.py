@@ -10,6 +10,7 @@ from fedpeft.report.costs import amount, timeline, traffic
 from fedpeft.report.files import write_whole
 from fedpeft.report.history import History, history
 from fedpeft.report.inexact import errors, meaning
+from fedpeft.report.memory import devices
 from fedpeft.report.plots import clients, curves, last_clients, spread
 from fedpeft.report.population import population
 from fedpeft.report.secure import secured
@@ -61,6 +62,7 @@ def page(h: History) -> str:
         runtimes(h),
         _section("How exact the aggregation was", errors(h), escape(meaning(h))),
         _section("Bytes sent", traffic(h), _traffic_note(h)),
+        devices(h.memory),
         _section("Timeline", schedule(h) or timeline(h), _devices_note(h) or _timeline_note(h)),
         secured(h.run.security, [x.secure for x in h.rounds if x.secure is not None]),
         _refusals(h),

@@ -1,9 +1,10 @@
-"""What a run writes down: one record for the run, each round, each baseline and the end."""
+"""What a run writes down: one record for the run, each round, each baseline, its devices' memory and the end."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self, TypeAlias
 
+from fedpeft.report.devices import MemoryRecord
 from fedpeft.report.fields import Fields
 from fedpeft.report.people import ClientData
 from fedpeft.report.sessions import SecureRecord
@@ -251,12 +252,13 @@ class FinalRecord:
         }
 
 
-Record: TypeAlias = RunRecord | RoundRecord | BaselineRecord | FinalRecord
+Record: TypeAlias = RunRecord | RoundRecord | BaselineRecord | MemoryRecord | FinalRecord
 
-KINDS: Mapping[str, type[RunRecord] | type[RoundRecord] | type[BaselineRecord] | type[FinalRecord]] = {
+KINDS: Mapping[str, type[Record]] = {
     "run": RunRecord,
     "round": RoundRecord,
     "baseline": BaselineRecord,
+    "memory": MemoryRecord,
     "final": FinalRecord,
 }
 

@@ -13,6 +13,7 @@ from fedpeft.report import (
     FLEET,
     FinalRecord,
     Json,
+    MemoryRecord,
     RoundRecord,
     RunFolder,
     Score,
@@ -51,7 +52,8 @@ class Coordinator:
     """One run, on whatever carries the messages. Its state is in the folder, so that another process can go on.
 
     time: the grid itself, where it has a clock of its own; said: the ranks of clients that say their own, where that
-    is known before they are asked; sessions: of secure aggregation, None for a run in the clear.
+    is known before they are asked; sessions: of secure aggregation, None for a run in the clear; weigh: the memory of
+    devices, asked at the end.
     """
 
     found: Experiment
@@ -60,6 +62,7 @@ class Coordinator:
     time: VirtualGrid | None = None
     said: Callable[[int], int | None] | None = None
     sessions: Sessions | None = None
+    weigh: Callable[[Fleet], MemoryRecord | None] | None = None
 
     def run(self, grid: Grid, clients: int) -> Adapter:
         """Do all rounds that the last checkpoint leaves to be done; the adapter that training began with.
@@ -266,6 +269,8 @@ class Coordinator:
         for client, reason in scores.refused + (tuned.refused if tuned else ()):
             self.view.note(f"client {client} could not be evaluated: {reason}")
         done = history(self.folder.path)
+        if self.weigh is not None and done.memory is None and (memory := self.weigh(fleet)) is not None:
+            self.folder.append(memory)
         self.folder.append(
             FinalRecord(
                 rounds=state.task.round,

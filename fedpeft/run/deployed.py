@@ -9,8 +9,9 @@ from fedpeft.config import Experiment, read
 from fedpeft.errors import ConfigError
 from fedpeft.flower import Grid, Shipping
 from fedpeft.flower.helper import helper_call
-from fedpeft.report import write_report
+from fedpeft.report import exceeded, history, write_report
 from fedpeft.run.coordinate import Coordinator
+from fedpeft.run.footprints import guarded, of_devices
 from fedpeft.run.keys import read_roster
 from fedpeft.run.node import Scalar, without_data, workshop
 from fedpeft.run.ranks import check_clients
@@ -58,11 +59,14 @@ def serve_run(grid: Grid, run_config: Mapping[str, Scalar], root: Path = Path())
             found = with_kit(found, grid.digest)
             sessions = sessions and replace(sessions, found=found)  # which bind the settings, and so the kit
         record(folder, found, here)
-        Coordinator(found, folder, view, sessions=sessions).run(grid, clients)
+        Coordinator(found, folder, view, sessions=sessions, weigh=guarded(of_devices, view.note)).run(grid, clients)
         if find_spec("torch") is not None:
             finish(folder, here or without_data(found))
         else:
             write_report(path)
+        memory = history(path).memory
+        if memory is not None and (said := exceeded(memory)):
+            view.note(said)
 
 
 def _sessions(found: Experiment, run_config: Mapping[str, Scalar]) -> Sessions | None:

@@ -118,7 +118,8 @@ def forecast(found: Experiment) -> Forecast:
     training = replace(
         trainer.training, batch=min([trainer.training.batch, *([max(sizes)] if sizes else [])]) * together
     )
-    peak = estimate(base.model.config, base.parameters, start.spec, training, base.quantise)
+    texts = None if own_data or not training.bytes_lower else len(here.federation.used())
+    peak = estimate(base.model.config, base.parameters, start.spec, training, base.quantise, texts=texts)
     for other in others(found):
         more = parts(base.model.config, base.parameters, start.spec, found.training, other.quantise, other.engine)
         peak += more.total if other.engine == "onnx" else more.base + more.adapter

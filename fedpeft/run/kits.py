@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from fedpeft import __version__
 from fedpeft.config import Experiment
 from fedpeft.errors import ConfigError
+from fedpeft.flower.kits import is_digest
 from fedpeft.flower.packing import digest_of
 from fedpeft.run.runtimes import others
 from fedpeft.training.environment import cache_folder
 from fedpeft.training.kit import FORMAT, MANIFEST, Kit
+from fedpeft.training.room import hold, make_room
 from fedpeft.training.settings import Quantise
 from fedpeft.training.whole import link, whole
 
@@ -62,6 +64,8 @@ def kit_of(here: "Workshop", quantise: Quantise, progress: Callable[[str], None]
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     export_step(here.held_in(quantise).trainer, folder, progress=progress)
+    hold(folder)
+    make_room([x for x in folder.parent.iterdir() if is_digest(x.name)], but=folder)
     return Kit.open(folder)
 
 
@@ -88,6 +92,7 @@ def export_kit(
 
 def _kept(folder: Path) -> Kit | None:
     """A kit that is kept, if it is whole: a process that was killed may have left half of one, a disk worse."""
+    hold(folder)
     try:
         return Kit.open(folder)
     except ConfigError:

@@ -16,6 +16,7 @@ from fedpeft.data import Federation, Source, Table, federate, own
 from fedpeft.errors import ConfigError, ProtocolError
 from fedpeft.flower import ClientStore, Counts, Participant
 from fedpeft.rounds import Column, Tuning, derive
+from fedpeft.run.footing import Footing
 from fedpeft.run.kits import kit_of
 from fedpeft.run.members import member
 from fedpeft.run.own import Own
@@ -161,7 +162,8 @@ def participant(settings_json: str, node_config: Mapping[str, Scalar]) -> Partic
     here = workshop(settings_json, None if data is None else str(data), 0 if data is None else number, mine)
     found, state = here.found, _state(here.found, node_config)
     secure = member(here, node_config, state)  # first: what it refuses need not load a model
-    keep_within(found, here.federation.table, node_config, mine.engine)
+    texts = sum(here.federation.size(number)) if "memory" in node_config and found.training.bytes_lower else None
+    keep_within(found, here.federation.table, node_config, mine.engine, texts)
     return Participant(
         trainer=_fleet(here, node_config),
         rule=found.rule,
@@ -178,6 +180,7 @@ def participant(settings_json: str, node_config: Mapping[str, Scalar]) -> Partic
         secure=secure,
         up=found.compression.codec_up,
         down=found.compression.codec_down,
+        footprint=Footing(here, node_config),
     )
 
 

@@ -9,11 +9,11 @@ from fedpeft.config import Experiment
 from fedpeft.data import Table
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import Memory, bytes_in
+from fedpeft.run.needs import CARRIER
 from fedpeft.run.tables import table
-from fedpeft.training.environment import sparing
 from fedpeft.training.packaged import SHORT_NAMES, folder
 from fedpeft.training.plan import ENGINES, Choice, Fit, Link, Plan, Planner, changes, told
-from fedpeft.training.predict import Engine, Sizes
+from fedpeft.training.predict import Engine, Sizes, kept_below
 from fedpeft.training.settings import Method, Model, Training
 
 _CLASSES = 2  # of a classifier whose data is not known
@@ -59,8 +59,12 @@ def wish(
     both: bool = True,
     engines: Sequence[Engine] = ENGINES,
     codecs: tuple[str, str] = ("none", "none"),
+    texts: int | None = None,
 ) -> Wish:
-    """What these settings ask of a device. ConfigError for a model whose sizes are not to be had here."""
+    """What these settings ask of a device. texts: how many it has, if that is known.
+
+    ConfigError for a model whose sizes are not to be had here.
+    """
     sizes = Sizes.of(configuration(model.name), is_dialogue)
     layers = sizes.layers if method.layers is None else min(method.layers, sizes.layers)
     choice = Choice(
@@ -77,12 +81,15 @@ def wish(
         moments=2 if training.optimiser == "adamw" else int(training.momentum > 0),
         up=codecs[0],
         down=codecs[1],
+        kept=kept_below(sizes, training, texts),
     )
     return Wish(Planner(sizes, sizes.parameters, 0 if is_dialogue else classes, tuple(engines)), choice)
 
 
-def wish_of(found: Experiment, engines: Sequence[Engine] = ENGINES, rows: Table | None = None) -> Wish:
-    """What an experiment asks of each client's device. rows: its data, or a node's own."""
+def wish_of(
+    found: Experiment, engines: Sequence[Engine] = ENGINES, rows: Table | None = None, texts: int | None = None
+) -> Wish:
+    """What an experiment asks of each client's device. rows: its data, or a node's own; texts: as for ``wish``."""
     task, classes = found.data.task, len(found.data.classes)
     if rows is None and not found.fleet.own_data:
         rows = table(found.data)
@@ -90,20 +97,23 @@ def wish_of(found: Experiment, engines: Sequence[Engine] = ENGINES, rows: Table 
         task, classes = rows.task, len(rows.classes)
     both = found.settings["rule"]["name"] != "ffa"
     codecs = found.compression.up, found.compression.down
-    return wish(found.model, found.adapter, found.training, task == "lm", classes, both, engines, codecs)
+    return wish(found.model, found.adapter, found.training, task == "lm", classes, both, engines, codecs, texts)
 
 
 def keep_within(
-    found: Experiment, rows: Table, node_config: Mapping[str, bool | int | float | str], engine: str
+    found: Experiment,
+    rows: Table,
+    node_config: Mapping[str, bool | int | float | str],
+    engine: str,
+    texts: int | None = None,
 ) -> None:
-    """Have this process spare memory, where its node's config says how much there is.
+    """Raise ConfigError where training takes more memory than a node's config says that there is.
 
-    ConfigError where training takes more, with the cheapest change to the experiment that fits. Of ranks that are
-    chosen by memory the smallest is meant.
+    It says the cheapest change to the experiment that fits. A process with so much is taken to be ``sparing``. Of ranks
+    that are chosen by memory the smallest is meant. texts: as for ``wish``.
     """
     if "memory" not in node_config:
         return
-    sparing()
     try:
         budget = bytes_in(node_config["memory"], "memory")
     except ValueError as error:
@@ -113,7 +123,14 @@ def keep_within(
     if isinstance(found.ranks, Memory):
         found = replace(found, adapter=replace(found.adapter, rank=min(found.ranks.levels)))
     here: Engine = "onnx" if engine == "onnx" else "torch"
-    wish_of(found, (here, *(x for x in ENGINES if x != here)), rows).check(budget)
+    wished = wish_of(found, (here, *(x for x in ENGINES if x != here)), rows, texts)
+    try:
+        wished.check(max(budget - CARRIER[here], 0.0))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; that budget is node-config's memory, {budget / 1e6:.0f} MB, less {CARRIER[here] / 1e6:.0f} MB "
+            f"for Flower's client"
+        ) from None
 
 
 def link_of(rate: str | None, seconds: str | None) -> Link | None:

@@ -12,7 +12,7 @@ from fedpeft.data import Federation
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import WHOLE, Column, Memory, Ranks, bytes_in
 from fedpeft.rules import Krum, ListRule, MeanRule, Median, PersonalList, PersonalMean, TrimmedMean
-from fedpeft.run.needs import Needs, fitting_on_device
+from fedpeft.run.needs import CARRIER, Needs, fitting_on_device
 from fedpeft.secagg import Policy
 from fedpeft.training.environment import memory
 from fedpeft.training.kit import Kit
@@ -55,8 +55,9 @@ def said_by_node(here: "Workshop", node_config: Mapping[str, bool | int | float 
         raise ConfigError(f"node-config: {error}") from None
     rows = here.counts(client).train
     if here.own is not None and here.own.engine == "onnx" and here.own.kit is not None:
-        return fitting_on_device(Kit.open(here.own.kit, check=False), here.found.training, ranks.levels, rows, holds)
-    return Needs(here.trainer).fitting(ranks.levels, rows, holds)
+        kit, room = Kit.open(here.own.kit, check=False), holds - CARRIER["onnx"]
+        return fitting_on_device(kit, here.found.training, ranks.levels, rows, room)
+    return Needs(here.trainer).fitting(ranks.levels, rows, holds - CARRIER["torch"])
 
 
 def rank_in(federation: Federation, client: int) -> int:

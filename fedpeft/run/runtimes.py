@@ -12,7 +12,7 @@ from fedpeft.config.runtimes import Runtime, check_format, dealt
 from fedpeft.data import Federation
 from fedpeft.errors import ConfigError
 from fedpeft.flower.results import one_by_one
-from fedpeft.rounds import Done, Failed, Job, Metrics, Trainer, Trial
+from fedpeft.rounds import Done, Failed, Job, Metrics, Trainer, Trial, derive
 from fedpeft.training.kit import Kit
 from fedpeft.training.settings import Training
 
@@ -163,4 +163,9 @@ def on_device(
             f"quantise left out, or another kit"
         )
     check_format(found.model, held, f"the kit in {kit.folder} holds the base in {held!r}")
+    if kit.facts.seed != derive(found.seed, "start"):
+        raise ConfigError(
+            f"seed: got {found.seed}; the kit in {kit.folder} was exported with another, and so begins with another "
+            f"adapter and head; want the seed that it was exported with, or a kit of this experiment"
+        )
     return OnnxTrainer.open(kit, found.training, federation, found.model, found.training.threads, found.adapter, frugal)

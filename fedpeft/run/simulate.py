@@ -5,6 +5,7 @@ import sys
 import time
 import tomllib
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from math import inf
 from pathlib import Path
@@ -31,6 +32,7 @@ from fedpeft.report import (
 from fedpeft.rounds import Buffered
 from fedpeft.run.baselines import measure
 from fedpeft.run.coordinate import Coordinator
+from fedpeft.run.footprints import guarded, of_simulation
 from fedpeft.run.hostile import is_hostile, simulated
 from fedpeft.run.kits import kit_of, missing
 from fedpeft.run.node import Scalar, Workshop, without_data, workshop
@@ -77,15 +79,16 @@ def simulate(
             view.note(f"making the kit of clients on onnx ({quantise}), once: seconds to minutes")
             kit_of(here, quantise, view.note)
         assert here.fleet.base == here.trainer.base  # made now, so that what can't be is said here and not by clients
+        weigh = guarded(partial(of_simulation, found, here, ranks), view.note)
         if found.simulation.devices:
             time_grid = virtual_grid(found, here, path / "clients")
-            start = Coordinator(_patient(found), folder, view, time_grid, said).run(time_grid, clients)
+            start = Coordinator(_patient(found), folder, view, time_grid, said, None, weigh).run(time_grid, clients)
         else:
             nodes: dict[str, Scalar] = {"state": str(path / "clients"), SIMULATED: True}
             grid = in_process(simulated, clients, nodes, losses(found, clients))
             patient = _patient(found)
             secure = sessions(patient, clients)
-            start = Coordinator(patient, folder, view, said=said, sessions=secure).run(grid, clients)
+            start = Coordinator(patient, folder, view, None, said, secure, weigh).run(grid, clients)
         finish(folder, here)
         if baselines:
             measured = False
@@ -216,9 +219,9 @@ def finish(folder: RunFolder, here: Workshop) -> None:
     ``adapter/client-N/`` what client N ends with, as far as its state is here; of very many clients those with which
     the run was evaluated at the end.
     """
+    bridge = here.trainer.bridge  # whose imports come first: see ``starting``
     from fedpeft.training.export import export_peft
 
-    bridge = here.trainer.bridge
     state = folder.checkpoints.load().state
     bridge.write(state.adapter)
     export_peft(bridge, folder.path / "adapter", tail=state.tail)
@@ -240,11 +243,11 @@ def export_run(path: Path, to: str, out: Path | None) -> Path:
     Each is loaded again, and its logits compared with those of the run's model, before this returns. ConfigError for
     what a format can't express, or gets wrong.
     """
-    from fedpeft.training import export
-
     folder = RunFolder.open(path)
     found = stored(path)
     trainer = (without_data(found) if found.fleet.own_data else workshop(found.settings_json)).trainer
+    from fedpeft.training import export
+
     bridge, base = trainer.bridge, trainer.frozen
     state = folder.checkpoints.load().state
     bridge.write(state.adapter)

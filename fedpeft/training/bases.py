@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
 from logging import ERROR
@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from fedpeft.data import Task
 from fedpeft.errors import ConfigError
 from fedpeft.training.configured import AUTO, KINDS, attention, configured, files, kind_of, line, named
+from fedpeft.training.dequantise import need_kernel
 from fedpeft.training.devices import Place, choose
 from fedpeft.training.fingerprints import fingerprint
 from fedpeft.training.formats import packed_fingerprint
@@ -24,6 +25,7 @@ from fedpeft.training.head import vocabulary
 from fedpeft.training.hollow import hollow
 from fedpeft.training.kept_bases import Shelf, Source, in_kit
 from fedpeft.training.kernels import Shape
+from fedpeft.training.lower import Lower
 from fedpeft.training.packaged import Progress
 from fedpeft.training.pixels import Pixels, pixels_of
 from fedpeft.training.settings import Method, Model, Quantise, Training
@@ -36,11 +38,13 @@ class Base:
 
     origin: the folder (or hub id) that plain transformers loads it from; fresh: its parameters that were not
     in the files, that is, a new head's; tokenizer is None for images, pixels for texts; quantise: what its
-    matrices are to be held in, as in ``Model``, which they are once ``fidelity.pack_base`` has run;
+    matrices are to be held in, as in ``Model``, which they are once ``fidelity.pack_base`` has run; compiled: whether
+    nf4 is to be expanded by bitsandbytes; seed: of what is fresh;
     parameters: how many numbers it has, packed or not; vocabulary: of a language model whose head may be run by itself
     (``head.vocabulary``), else 0; name: as in the settings; plain: the fingerprint in fp32; own: the names of what its
     files hold, by the tensors' identity; source: the packed base that it is filled from once its adapter is on it;
-    shelf: where it is kept once it is packed.
+    shelf: where it is kept once it is packed; lower: what is kept of the layers below its adapter,
+    if the settings say so.
     """
 
     model: PreTrainedModel
@@ -52,6 +56,8 @@ class Base:
     tokenizer: PreTrainedTokenizerBase | None
     pixels: Pixels | None
     quantise: Quantise = "none"
+    compiled: bool = False
+    seed: int = 0
     parameters: int = 0
     vocabulary: int = 0
     name: str = ""
@@ -59,6 +65,7 @@ class Base:
     own: Mapping[int, str] = field(default_factory=dict[int, str])
     source: Source | None = None
     shelf: Shelf | None = None
+    lower: Lower | None = None
 
     @property
     def words(self) -> PreTrainedTokenizerBase:
@@ -79,6 +86,10 @@ class Base:
             return None
         found: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers' own
         return found
+
+    def fed(self, inputs: Mapping[str, torch.Tensor | bool]) -> AbstractContextManager[object]:
+        """The context of a pass on these inputs, which begins above what is kept of its lower layers."""
+        return nullcontext() if self.lower is None else self.lower.feeding(inputs)
 
     @contextmanager
     def recomputing(self, on: bool) -> Iterator[None]:
@@ -123,6 +134,7 @@ def load_base(
     """
     if task != "lm" and len(classes) < 2:
         raise ConfigError(f"data: {KINDS[task]} needs at least 2 classes; got {len(classes)}: {', '.join(classes)}")
+    need_kernel(settings, place.device)
     with _quiet():
         name = named(settings, progress)
         config = configured(settings, name, task)
@@ -168,6 +180,8 @@ def load_base(
         tokenizer,
         pixels,
         settings.quantise,
+        settings.kernels == "bitsandbytes",
+        seed,
         parameters=sum(x.numel() for x in model.parameters()),
         vocabulary=words,
         name=settings.name if source is None or source.kit is None else source.kit.facts.model,

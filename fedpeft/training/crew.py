@@ -1,17 +1,20 @@
 """Worker processes that train clients side by side, on one base model in shared memory."""
 
+import pickle
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fedpeft.data import Federation
 from fedpeft.rounds import Done, Failed, Job, Metrics, Trial
-from fedpeft.training.environment import cores
+from fedpeft.training.environment import cores, starting
 from fedpeft.training.settings import Training
 
 if TYPE_CHECKING:
@@ -120,12 +123,28 @@ class Crew:
         mine, theirs = here.Pipe()
         lean = replace(self.trainer, crew=None, group=self.trainer.room(), _store=None, _stack=None)
         threads = max(1, cores() // self.size)
-        process = here.Process(target=_work, args=(theirs, lean, threads), daemon=True)
+        process = here.Process(target=_work, args=(theirs, _Sent(lean), threads), daemon=True)
         process.start()
         theirs.close()
         if not self._workers:
             weakref.finalize(self, _end, self._workers)
         return _Worker(process, mine)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sent:
+    """A trainer on its way to a worker, where what it is made of is imported in the context ``starting``."""
+
+    trainer: "CohortTrainer"
+
+    @override
+    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+        return _received, (bytes(ForkingPickler.dumps(self.trainer)),)
+
+
+def _received(content: bytes) -> Any:
+    with starting():
+        return pickle.loads(content)
 
 
 def _weight(federation: Federation, client: int) -> int:

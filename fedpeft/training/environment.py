@@ -23,7 +23,11 @@ _ALLOCATOR = (
 )
 _SPARING = 64 << 10  # bytes, of all three: a text of 128 tokens has keys and values of 100 kB a layer
 _IS_SPARING = "FEDPEFT_SPARING"  # the variable that tells this process, and those that it starts
-_UNUSED = ("bitsandbytes", "pandas", "scipy", "sklearn", "torchao", "torchvision")
+_NOT_THEIRS = ("bitsandbytes",)
+"""What peft and transformers must not find in any process: of it we use a kernel, where that is asked for, and its
+import takes seconds and 45 MB."""
+
+_UNUSED = (*_NOT_THEIRS, "pandas", "scipy", "sklearn", "torchao", "torchvision")
 """Packages that transformers and peft import where they are installed, and that nothing here needs of them."""
 
 _VARIABLES = (
@@ -61,26 +65,38 @@ def starting() -> Iterator[None]:
     """A context for imports and other first work, in which Python's cycle collector rests: a quarter of the start.
 
     Imports make half a million objects of which none is garbage, and the collector looks through them again and again;
-    what there is at the end it never looks at again. Once torch is imported the context does nothing, so that no model
-    is kept for good by being there at its end.
+    what there is at the end it never looks at again. Once torch is imported that is left out, so that no model is kept
+    for good by being there at its end. peft and transformers find no bitsandbytes here, nor later in this process; in
+    one that is ``sparing`` they find none of the packages that they import and that nothing needs.
     """
-    if "torch" in sys.modules or not gc.isenabled():
-        yield
-        return
-    if os.environ.get(_IS_SPARING):
-        with _without([x for x in _UNUSED if x not in sys.modules]):
-            yield
-        return
-    gc.disable()
+    is_first, spares = "torch" not in sys.modules, bool(os.environ.get(_IS_SPARING))
+    rests = is_first and not spares and gc.isenabled()
+    hidden = _UNUSED if is_first and spares else _NOT_THEIRS
+    if rests:
+        gc.disable()
     try:
-        yield
+        with without([x for x in hidden if x not in sys.modules]):
+            yield
+            _ask_once()
     finally:
-        gc.freeze()
-        gc.enable()
+        if rests:
+            gc.freeze()
+            gc.enable()
+
+
+def _ask_once() -> None:
+    """Have peft and transformers find out now what is installed: they keep the answer, and go by it in all they do."""
+    for module, questions in (
+        ("peft.import_utils", ("is_bnb_available", "is_bnb_4bit_available")),
+        ("transformers.utils.import_utils", ("is_bitsandbytes_available",)),
+    ):
+        if module in sys.modules:
+            for question in questions:
+                getattr(sys.modules[module], question)()
 
 
 @contextmanager
-def _without(packages: Sequence[str]) -> Iterator[None]:
+def without(packages: Sequence[str]) -> Iterator[None]:
     """A context in which these packages, of which none has been imported, seem not to be installed."""
     hidden: dict[str, Any] = dict.fromkeys(packages)  # None is how Python itself notes that there is no such module
     sys.modules.update(hidden)
@@ -88,7 +104,21 @@ def _without(packages: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         for name in packages:
-            del sys.modules[name]
+            if name in sys.modules and sys.modules[name] is None:
+                del sys.modules[name]
+
+
+@contextmanager
+def showing(package: str) -> Iterator[None]:
+    """A context in which a package can be imported, even if ``without`` hides it."""
+    hides = package in sys.modules and sys.modules[package] is None
+    if hides:
+        del sys.modules[package]
+    try:
+        yield
+    finally:
+        if hides and package not in sys.modules:
+            sys.modules.update({package: None})  # type: ignore[dict-item]  # as in ``without``
 
 
 def _allocate() -> None:

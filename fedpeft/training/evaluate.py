@@ -12,20 +12,22 @@ from fedpeft.training.bases import Base
 from fedpeft.training.batches import collate
 from fedpeft.training.devices import Place
 from fedpeft.training.objectives import outcome
+from fedpeft.training.settings import Training
 
 _ROWS = 64  # in one forward pass, for labels; replies have a word's logits at each position, and take fewer
 
 
-def measure(model: nn.Module, base: Base, rows: Encoded, batch: int, image_size: int | None, place: Place) -> Metrics:
+def measure(model: nn.Module, base: Base, rows: Encoded, training: Training, place: Place) -> Metrics:
     """Summed loss, predictions, right ones (labels, or next tokens of replies) and rows; zeros where there are none.
 
-    batch: the rows of one pass of a language model; classifiers take 64.
+    A pass takes as many rows as one of training; a classifier's takes 64, if those are more, unless ``training.micro``
+    says that memory is short.
     """
-    return measure_each(model, base, [rows], batch, image_size, place)[0]
+    return measure_each(model, base, [rows], training, place)[0]
 
 
 def measure_each(
-    model: nn.Module, base: Base, clients: Sequence[Encoded], batch: int, image_size: int | None, place: Place
+    model: nn.Module, base: Base, clients: Sequence[Encoded], training: Training, place: Place
 ) -> list[Metrics]:
     """``measure`` of each client's rows, all of one store: rows of several clients share a pass."""
     model.eval()
@@ -33,10 +35,12 @@ def measure_each(
     index = np.concatenate([x.index for x in clients])
     owner = np.repeat(np.arange(len(clients)), [len(x) for x in clients])
     sums = np.zeros((3, len(clients)))
+    by_training = base.task == "lm" or training.micro is not None
+    most = training.rows if by_training else max(training.rows, _ROWS)
     with torch.inference_mode():
-        for chosen in by_length(store.lengths(index), batch if base.task == "lm" else max(batch, _ROWS)):
-            x = collate(store, index[chosen], base, image_size, place.device)
-            with place.arithmetic():
+        for chosen in by_length(store.lengths(index), most):
+            x = collate(store, index[chosen], base, training.image_size, place.device)
+            with place.arithmetic(), base.fed(x.inputs):
                 losses, hits = (found.cpu().numpy() for found in outcome(model, base.head, x, base.vocabulary))
             whose = owner[chosen]
             if x.where is not None:

@@ -245,6 +245,7 @@ def _facts(
         cuts="left" if words.truncation_side == "left" else "right",
         marks=marks,
         checked=dict(checked),
+        seed=base.seed,
     )
 
 

@@ -17,7 +17,7 @@ from fedpeft.training.environment import give_back
 from fedpeft.training.hollow import fill, share_file, trains_matrices
 from fedpeft.training.kept_bases import Source, contents
 from fedpeft.training.objectives import outcome
-from fedpeft.training.quantised import quantise
+from fedpeft.training.quantised import compile_nf4, quantise
 from fedpeft.training.refusals import packed_refusal
 from fedpeft.training.settings import Quantise, Training
 from fedpeft.training.tokens import tokenise
@@ -49,7 +49,8 @@ def pack_base(
     before and after. ConfigError for a method that reads the base's weights by itself, and for one whose
     gradients are no longer what they were: their mean cosine is below ``BOUNDS``. Where there are no rows nothing is
     tried. What has passed is kept in the cache folder, and on a CPU its matrices are mapped from there; a base that has
-    a ``source`` has passed before, and is filled from it.
+    a ``source`` has passed before, and is filled from it. At last nf4 is given to bitsandbytes' kernel, where
+    the settings say so.
     """
     method = bridge.method.method
     if base.quantise != "none":
@@ -65,6 +66,8 @@ def pack_base(
         _store(base, bridge, names, place)
     elif base.quantise != "none":
         _pack(base, names, bridge, _rows(base, federation, training, place), place)
+    if base.compiled:
+        compile_nf4(bridge.model)
 
 
 def _pack(base: Base, names: Mapping[int, str], bridge: Bridge, rows: Sequence[Batch], place: Place) -> None:

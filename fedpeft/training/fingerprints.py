@@ -12,15 +12,35 @@ from transformers import PreTrainedModel
 from fedpeft.training.cache import keep
 from fedpeft.training.environment import cache_folder
 
-# What changes a model's answers and is not seen in its weights.
+# What changes a model's answers and is not seen in its weights, by the names of all families.
 _SETTINGS = (
+    "activation",
+    "activation_function",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "is_decoder",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "layer_types",
+    "max_position_embeddings",
     "model_type",
+    "n_head",
+    "n_heads",
+    "no_rope_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "hidden_act",
-    "rope_parameters",
-    "layer_norm_eps",
+    "original_max_position_embeddings",
+    "pad_token_id",
+    "query_pre_attn_scalar",
     "rms_norm_eps",
+    "rope_parameters",
+    "scale_attn_by_inverse_layer_idx",
+    "scale_attn_weights",
+    "sliding_window",
+    "use_bidirectional_attention",
 )
 
 
@@ -31,7 +51,8 @@ def fingerprint(model: PreTrainedModel, fresh: Sequence[str], files: Sequence[Pa
     again; a file of another size or modification time makes it be taken anew. A cache that can't be written is
     not an error. The tokenizer is not in it.
     """
-    key = _digest([type(model).__name__, transformers.__version__, *fresh, *(stamp(x) for x in files)])
+    reads = ",".join(_SETTINGS)  # of an earlier fedpeft's digest others may have been read
+    key = _digest([type(model).__name__, transformers.__version__, reads, *fresh, *(stamp(x) for x in files)])
     kept = cache_folder() / "digests" / key
     if kept.is_file() and len(text := kept.read_text()) == 64:
         return text

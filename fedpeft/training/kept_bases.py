@@ -1,4 +1,7 @@
-"""Where packed bases are found: in a kit, or in the cache folder, where they are put once they have been tried."""
+"""Where packed bases are found: in a kit, or in the cache folder, where they are put once they have been tried.
+
+The folder takes as much room as ``room`` says: those that were used last stay.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,15 +16,17 @@ from torch import Tensor, nn
 from fedpeft.data import Task
 from fedpeft.errors import ConfigError, DataError
 from fedpeft.training.cache import keep
+from fedpeft.training.dequantise import turned
 from fedpeft.training.environment import cache_folder
 from fedpeft.training.fingerprints import stamp
 from fedpeft.training.formats import Packed, packed_fingerprint
 from fedpeft.training.kit import BASE, MANIFEST, Kit
 from fedpeft.training.packed_file import Content, PackedFile, parts, read
 from fedpeft.training.quantised import FrozenEmbedding, FrozenLinear
+from fedpeft.training.room import hold, make_room
 from fedpeft.training.settings import Method, Model, Quantise
 
-_FORMAT = 1  # of what is kept beside a packed file: raise it when that changes
+_FORMAT = 2  # of what is kept beside a packed file: raise it when that changes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +68,9 @@ class Shelf:
         try:
             said = json.loads(self._verdict.read_text(encoding="utf8"))
             plain, fresh = str(said["plain"]), tuple(map(str, said["fresh"]))
-            return Source(read(_file(plain, self.quantise)), plain, fresh, int(said["vocabulary"]))
+            file = _file(plain, self.quantise)
+            hold(file)
+            return Source(read(file), plain, fresh, int(said["vocabulary"]))
         except (OSError, ValueError, KeyError, TypeError, DataError):
             return None
 
@@ -88,6 +95,8 @@ class Shelf:
             found = read(file, check=False)
         said = {"plain": plain, "fresh": list(fresh), "vocabulary": words, **trial}
         keep(self._verdict, [json.dumps(said).encode()])
+        hold(file)
+        make_room(_folder().glob("*.safetensors"), but=file)
         return found
 
     @property
@@ -131,7 +140,8 @@ def contents(model: nn.Module, names: Mapping[int, str]) -> tuple[dict[str, Cont
         own: list[Tensor] = [x for x in module._parameters.values() if x is not None]
         if isinstance(module, FrozenLinear | FrozenEmbedding):  # whose codes may have the identity of what is gone
             if module.name not in found:
-                codes, scales = (x.detach().cpu().numpy() for x in (module.codes, module.scales))
+                whole = turned(module.codes) if module.kind.compiled else module.codes
+                codes, scales = (x.detach().cpu().numpy() for x in (whole, module.scales))
                 found[module.name] = Packed(module.kind.format, module.kind.columns, codes, scales)
             if isinstance(module, FrozenLinear) and module.transposed:
                 transposed.add(module.name)

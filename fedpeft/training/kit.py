@@ -22,7 +22,7 @@ from fedpeft.errors import ConfigError
 from fedpeft.training.formats import Format
 from fedpeft.training.settings import Quantise
 
-FORMAT = 1
+FORMAT = 2
 """Of the manifest and of what it stands for: raised when an older version could not read it."""
 
 OPSET = 21
@@ -58,7 +58,8 @@ class Facts:
     words: rows of the embedding; vocabulary: logits of a position, 0 for
     "classify", and where the head may not be run by itself; packed: matrices that are; fresh:
     parameters that the model's files don't hold; checked: how far the graph was from torch when it was made: "loss",
-    relative, "gradient", 1 − cosine.
+    relative, "gradient", 1 − cosine; seed: of the start and
+    of what is fresh, as ``load_base`` takes it.
     """
 
     opset: int
@@ -82,6 +83,7 @@ class Facts:
     cuts: Literal["right", "left"] = "right"
     marks: Mapping[str, str] = field(default_factory=dict[str, str])
     checked: Mapping[str, float] = field(default_factory=dict[str, float])
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Many clients on one base model in memory: lent to one client after another."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -9,7 +9,7 @@ from typing import Self, cast, get_args
 
 from torch import nn
 
-from fedpeft.adapters import CORES, Adapter, Tensors
+from fedpeft.adapters import CORES, Adapter, LowRank, Tensors
 from fedpeft.data import Encoded, Federation, Part, Rows, Store
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import Done, Failed, Job, Metrics, Trial
@@ -21,6 +21,7 @@ from fedpeft.training.evaluate import measure, measure_each
 from fedpeft.training.fidelity import pack_base
 from fedpeft.training.formats import of_run
 from fedpeft.training.forward_only import walk
+from fedpeft.training.lower import lower
 from fedpeft.training.methods import Method
 from fedpeft.training.objectives import Extra, shifts
 from fedpeft.training.packaged import Progress
@@ -68,6 +69,7 @@ class TorchTrainer:
         training = _fitting(frozen, training)
         bridge = Bridge.attach(frozen.model, method, table.task, seed, frozen.fresh)
         pack_base(frozen, frozen.own, bridge, federation, training, place)
+        frozen = replace(frozen, lower=lower(bridge, training))
         return cls(frozen, bridge, training, federation, place, bridge.read())
 
     def over(self, federation: Federation, training: Training) -> Self:
@@ -78,7 +80,9 @@ class TorchTrainer:
         """
         training = _fitting(self.frozen, training)
         store = still_good(self._store, self.federation, federation, training.length == self.training.length)
-        return replace(self, federation=federation, training=training, _store=store)
+        kept = [(x.lower, x.bytes_lower) for x in (self.training, training)]
+        frozen = self.frozen if kept[0] == kept[1] else replace(self.frozen, lower=lower(self.bridge, training))
+        return replace(self, frozen=frozen, federation=federation, training=training, _store=store)
 
     @property
     def base(self) -> str:
@@ -138,11 +142,10 @@ class TorchTrainer:
 
     def _measured(self, trials: Sequence[Trial], rows: Mapping[int, Encoded]) -> dict[int, Metrics | Failed]:
         """Metrics of the trials that have rows: in shared passes, or, where one breaks them, each by itself."""
-        size, batch = self.training.image_size, self.training.batch
         try:
-            with beside(self.bridge.model, trials[0].tail, self.place.device):
+            with self._beside(trials[0].tail):
                 each = list(rows.values())
-                found = measure_each(self.bridge.model, self.frozen, each, batch, size, self.place) if each else []
+                found = measure_each(self.bridge.model, self.frozen, each, self.training, self.place) if each else []
             return dict(zip(rows, found, strict=True))
         except Exception as error:
             if len(rows) == 1:
@@ -154,7 +157,7 @@ class TorchTrainer:
         model, device = self.bridge.model, self.place.device
         self.bridge.write(job.start)
         if job.pool is not None:
-            with beside(model, job.tail, device):
+            with self._beside(job.tail):
                 return walk(job, rows, self.training, partial(self._losses, job.start, rows))
         with ExitStack() as around:
             found: Mapping[str, Core] = {}
@@ -162,17 +165,23 @@ class TorchTrainer:
                 parameters, found = around.enter_context(cores(self.bridge, job.start, job.trains, device))
             else:
                 parameters = self.bridge.trainable(job.trains)
-            around.enter_context(beside(model, job.tail, device))
+            around.enter_context(self._beside(job.tail))
             extra = self._extra(job, parameters)
             metrics = fit(model, parameters, self.frozen, rows, self.training, job.seed, self.place, extra)
         trained = put_back(job.start, self.bridge.read(job.start), found)
         return Done(trained, metrics, travel=travel(self.training, len(rows)))
 
+    def _beside(self, tail: Mapping[str, LowRank]) -> AbstractContextManager[None]:
+        """The context in which the model runs a frozen tail."""
+        if self.frozen.lower is not None:
+            self.frozen.lower.need_above(tail)
+        return beside(self.bridge.model, tail, self.place.device)
+
     def _losses(self, start: Adapter, rows: Encoded, tensors: Tensors, batch: Rows) -> Metrics:
         """The sums on a batch with these tensors in place of the start's."""
         self.bridge.write(start.put(tensors))
-        some, training = Encoded(rows.store, rows.index[batch]), self.training
-        return measure(self.bridge.model, self.frozen, some, training.batch, training.image_size, self.place)
+        some = Encoded(rows.store, rows.index[batch])
+        return measure(self.bridge.model, self.frozen, some, self.training, self.place)
 
     def _extra(self, job: Job, parameters: Mapping[str, nn.Parameter]) -> Extra:
         """What the job's rule adds to the loss of these parameters."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from fedpeft.adapters import Spec
 from fedpeft.training import predict as formula
-from fedpeft.training.predict import LOGITS, Engine, Load, Parts, Sizes, predict
+from fedpeft.training.predict import LOGITS, Engine, Load, Parts, Sizes, kept_below, predict
 from fedpeft.training.settings import Quantise, Training
 
 __all__ = ["LOGITS", "RUNTIME", "Config", "estimate", "parts"]
@@ -34,14 +34,18 @@ def estimate(
     training: Training,
     quantise: Quantise = "none",
     sparing: bool = False,
+    trains: str = "ab",
+    texts: int | None = None,
 ) -> int:
-    """Bytes of a training process at its peak, on a CPU. sparing: with an allocator that gives back what is freed.
+    """Bytes of a training process at its peak, on a CPU. sparing: with an allocator that gives back what is freed;
+    trains: the factors that it trains, "a", "b" or "ab"; texts: how many it trains and is evaluated on, if that is
+    known, of which ``training.lower`` keeps something.
 
     It reads whether the model is a language model off ``config.problem_type``, which ``load_base`` sets on others.
     Within 10 % where the process is sparing, and 30 % where it isn't; eager attention's square of the length is not in
     it.
     """
-    found = parts(config, base_parameters, spec, training, quantise)
+    found = parts(config, base_parameters, spec, training, quantise, trains=trains, texts=texts)
     step = found.activations + found.work
     return found.total + (0 if sparing else round((HEAP - 1) * step))
 
@@ -53,8 +57,10 @@ def parts(
     training: Training,
     quantise: Quantise = "none",
     engine: Engine = "torch",
+    trains: str = "ab",
+    texts: int | None = None,
 ) -> Parts:
-    """The parts of the peak of a process that gives back what is freed."""
+    """The parts of the peak of a process that gives back what is freed. texts: as for ``estimate``."""
     sizes = Sizes.of(config.to_dict())
     length = training.length
     if sizes.patch:
@@ -63,15 +69,17 @@ def parts(
     numbers = [int(found[1]) for n in names if (found := _LAYER.search(n))]
     load = Load(
         parameters=base_parameters,
-        trained=spec.factors("ab").size + spec.leaves.size,
+        trained=spec.factors(trains).size + spec.leaves.size,
         targets=tuple(sorted({x.name.rsplit(".", 1)[-1] for x in spec.layers})),
         layers=sizes.layers - min(numbers, default=0),
         rows=training.rows,
         length=length,
+        trains_a="a" in trains,
         moments=2 if training.optimiser == "adamw" else int(training.momentum > 0),
         checkpointing=training.checkpointing,
         quantise=quantise,
         half=training.precision == "bf16",
         engine=engine,
+        kept=kept_below(sizes, training, texts),
     )
     return predict(sizes, load)

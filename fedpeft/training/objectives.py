@@ -13,7 +13,7 @@ from fedpeft.adapters import Adapter, Tensors
 from fedpeft.rules import Objective
 from fedpeft.training.batches import Batch
 from fedpeft.training.head import losses, passing, runs_alone
-from fedpeft.training.predict import FEW
+from fedpeft.training.predict import ADDED, FEW
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +116,10 @@ def scored(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def outcome(model: nn.Module, head: nn.Module | None, batch: Batch, words: int = 0) -> tuple[Tensor, Tensor]:
     """``scored`` of a batch's ``predictions``.
 
-    words: a language model's ``Base.vocabulary``; if it has one, and the logits are many, its head is run on some
-    positions at a time, forward and backward, and their logits forgotten (``head.losses``).
+    words: a language model's ``Base.vocabulary``; if it has a large one, or the logits are many, its head is run on
+    some positions at a time, forward and backward, and their logits forgotten (``head.losses``).
     """
-    few = batch.units * words <= FEW
+    few = words <= ADDED and batch.units * words <= FEW
     if few or head is None or batch.where is None or not runs_alone(head):
         return scored(predictions(model, head, batch), batch.targets)
     where = batch.where

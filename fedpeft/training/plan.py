@@ -46,7 +46,8 @@ _SHORTEST = 32  # tokens
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The settings of a client that decide its memory and its bytes. micro: rows of a pass; layers: that are adapted,
-    the top ones; both: whether both factors are trained, or FFA's one; up, down: codecs, "none" for fp32."""
+    the top ones; both: whether both factors are trained, or FFA's one; up, down: codecs, "none" for fp32; kept: bytes
+    of what the lower layers make of texts, with torch."""
 
     engine: Engine
     quantise: Quantise
@@ -61,6 +62,7 @@ class Choice:
     moments: int = 2
     up: str = "none"
     down: str = "none"
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class Planner:
             checkpointing=choice.checkpointing,
             quantise=choice.quantise,
             engine=choice.engine,
+            kept=choice.kept,
         )
         up, down = coded(choice.up, moved), coded(choice.down, moved)
         return Fit(choice, predict(self.sizes, load), up, down, _harm(choice, wanted))

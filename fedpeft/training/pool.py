@@ -123,6 +123,8 @@ class Pool:
     def _around(self, first: Job, tails: Sequence[str], seed: int) -> Iterator[None]:
         """The context of passes: of the model, nothing but its fixed tensors outlasts it."""
         self.stack.bridge.write_fixed(first.start)
+        if self.base.lower is not None:
+            self.base.lower.need_above(tails)
         with ExitStack() as around:
             around.enter_context(self.place.seeded(seed))
             around.enter_context(in_training(self.stack.bridge.model))
@@ -148,7 +150,7 @@ class Pool:
         batch, owner, width = self._batch(chosen)
         rows = torch.tensor([m.row for m in chosen], device=self.place.device)
         trained = state.put(rows, width)
-        with self.place.arithmetic():
+        with self.place.arithmetic(), self.base.fed(batch.inputs):
             losses, are_hits, owner = self._outcome(batch, owner)
         sums = losses.new_zeros(len(chosen)).index_add(0, owner, losses)
         hits = owner[are_hits]

@@ -1,12 +1,13 @@
 """What a client's training takes of memory, from sizes alone: a formula with a term for each part.
 
-    peak = runtime + base + adapter + activations + max(loss, workspace)
+    peak = runtime + base + adapter + activations + kept + max(loss, workspace)
 
 runtime: the interpreter, what it imports, and the code pages that a step touches: measured. base: every number of it,
 mapped from a file or not, since a step reads all. adapter: 4 bytes · trained numbers · (value, start, gradient, and the
 optimiser's moments). activations: what the backward pass needs of each layer above the lowest that is trained, counted
-from the layer's own graph (``FAMILIES``). loss: logits of some positions at a time, and their hidden states. workspace:
-what the backward pass of one layer makes besides, and one expanded weight. The last two are not there at one time.
+from the layer's own graph (``FAMILIES``). kept: what the frozen layers below it make of texts (``training.lower``).
+loss: logits of some positions at a time, and their hidden states. workspace: what the backward pass of one layer makes
+besides, and one expanded weight. The last two are not there at one time.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, Self, TypeAlias
 
 from fedpeft.training.formats import EXPANDED, bits
-from fedpeft.training.settings import Quantise
+from fedpeft.training.settings import Quantise, Training
 
 Engine: TypeAlias = Literal["torch", "onnx"]
 
@@ -23,6 +24,11 @@ LOGITS = 1 << 23
 
 FEW = 1 << 20
 """Logits that the torch client makes all at once, as the model makes them, in three copies: 4 MiB each in fp32."""
+
+ADDED = 1 << 12
+"""Words of the largest vocabulary of which it does so: torch's cross entropy adds exponentials of a row one after
+another, and where one word is sure it loses up to an eighth of the others. A loss is then off by 1e-5, with 49152
+words by 1e-4; SmolLM2's gradients by 3e-5 of the largest, and by 5e-6 with the head by itself."""
 
 RUNTIME: Mapping[Engine, int] = {"torch": 455_000_000, "onnx": 88_000_000}
 """Bytes of a process that trains a model of no size, measured by ``benchmarks/plan.py``.
@@ -187,7 +193,7 @@ class Load:
     """What one pass of a client's training is. parameters: of the base; trained: numbers; targets: modules' names, or
     "all-linear"; layers: that have gradients, the top ones; rows, length: of one pass; trains_a: whether the factors
     that read the inputs are trained, of which FFA keeps them frozen; moments: numbers that the optimiser keeps of each;
-    dropout: of the adapter's."""
+    dropout: of the adapter's; kept: bytes of what the lower layers make of texts, with torch."""
 
     parameters: int
     trained: int
@@ -202,17 +208,19 @@ class Load:
     quantise: Quantise = "none"
     half: bool = False
     engine: Engine = "torch"
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Bytes at the peak, by what takes them. work: the larger of the loss and the workspace."""
+    """Bytes at the peak, by what takes them. work: the larger of the loss and the workspace; kept: of lower layers."""
 
     runtime: int
     base: int
     adapter: int
     activations: int
     work: int
+    kept: int = 0
 
     @property
     def total(self) -> int:
@@ -238,7 +246,15 @@ def predict(sizes: Sizes, load: Load) -> Parts:
         adapter=_FLOAT * load.trained * (3 + load.moments),
         activations=_FLOAT * tokens * kept,
         work=max(loss, back),
+        kept=load.kept if load.engine == "torch" else 0,
     )
+
+
+def kept_below(sizes: Sizes, training: Training, texts: int | None) -> int:
+    """Bytes of what is kept of the lower layers of so many texts, each of the greatest length; all the room if it isn't
+    known how many there are."""
+    each = training.length * sizes.width * {"none": 0, "fp32": 4, "bf16": 2}[training.lower]
+    return training.bytes_lower if texts is None else min(training.bytes_lower, texts * each)
 
 
 def kept_by_layer(sizes: Sizes, load: Load) -> int:
@@ -273,7 +289,7 @@ def _loss(sizes: Sizes, load: Load) -> int:
     units = load.rows * load.length
     if not sizes.words:
         return 0
-    if units * sizes.words <= FEW:
+    if sizes.words <= ADDED and units * sizes.words <= FEW:
         return 3 * _FLOAT * units * sizes.words
     some = max(1, min(units, LOGITS // sizes.words))
     return _FLOAT * (some * sizes.words + 3 * units * sizes.width) + _expanded(sizes, load, sizes.words * sizes.width)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
+from fedpeft.training.dequantise import dequantised, turned
 from fedpeft.training.formats import BLOCK, EXPANDED, LEVELS, Format, Packed, pack
 
 _PAIRED = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
@@ -24,10 +25,14 @@ _PAIRED = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float1
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How codes and scales are read: as (rows, columns) in a format of ``formats``."""
+    """How codes and scales are read: as (rows, columns) in a format of ``formats``.
+
+    compiled: whether bitsandbytes' kernel reads them, which is for nf4 in whole blocks, and has the codes ``turned``.
+    """
 
     format: Format
     columns: int
+    compiled: bool = False
 
 
 def expanded(codes: Tensor, scales: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
@@ -36,6 +41,8 @@ def expanded(codes: Tensor, scales: Tensor, kind: Kind, dtype: torch.dtype) -> T
         return codes.to(dtype).mul_(scales.to(dtype)[:, None])
     if dtype not in _PAIRED:
         return expanded(codes, scales, kind, torch.float32).to(dtype)
+    if kind.compiled:
+        return dequantised(codes, scales, dtype)
     table = _table(kind.format, dtype, codes.device)
     whole = torch.index_select(table, 0, codes.flatten().int()).view(dtype).view(len(codes), -1)
     factors, cut = scales.to(dtype), kind.columns // BLOCK
@@ -250,6 +257,18 @@ def replace(
                 new = _frozen(module, found, names[key], dtype)
                 for parent, name in places.pop(id(module)):
                     parent._modules[name] = new
+
+
+def compile_nf4(model: nn.Module) -> None:
+    """Have a packed model's matrices in nf4 expanded by bitsandbytes' kernel, from the same codes in its order.
+
+    They then are this process's own, and no longer a mapped file's. Those whose rows don't end with a whole block of 64
+    stay as they are: the kernel knows blocks, and no rows.
+    """
+    for module in model.modules():
+        if isinstance(module, FrozenLinear) and module.kind.format == "nf4" and not module.kind.columns % BLOCK:
+            module.kind = Kind(module.kind.format, module.kind.columns, compiled=True)
+            module.codes = turned(module.codes)
 
 
 def _of(module: nn.Module) -> Tensor:

@@ -20,6 +20,13 @@ from fedpeft.training.step_values import Weight
 WORDS = 8192
 """Rows of a language model's head that are expanded, and multiplied with, at a time."""
 
+GROUP = 64
+"""Exponentials that are summed by themselves, before the sums are: most are so small beside the largest that each
+would be lost in a sum that has it, and all of them together are not.
+
+Of SmolLM2 on real rows the gradients are up to 1.3e-5 of the largest away from those in fp64 where 8192 are added one
+after another, and up to 5e-6 where they are in groups, which takes no longer."""
+
 _WHOLE = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
 _BITS: Mapping[int, int] = {
     TensorProto.INT4: 4,
@@ -130,7 +137,7 @@ class Stored:
                 place = g.op("Where", g.op("Greater", largest, top), place, best)
                 largest = g.op("Max", largest, top)
             powers = g.op("Exp", g.op("Sub", logits, largest))
-            sums = g.op("ReduceSum", powers, g.integers([1]), keepdims=1)
+            sums = _summed(g, powers, stop - start)
             if start:
                 shrunk = g.op("Exp", g.op("Sub", top, largest))
                 sums = g.op("Add", sums, g.op("Mul", total, shrunk))
@@ -204,6 +211,17 @@ class Stored:
         if blocks * BLOCK == held.columns:
             return flat
         return graph.op("Slice", flat, *(graph.integers([i]) for i in (0, held.columns, 1)))
+
+
+def _summed(graph: Graph, x: str, columns: int) -> str:
+    """The sum of each row of x (n, columns), as (n, 1), in groups."""
+    groups = -(-columns // GROUP)
+    gap = groups * GROUP - columns
+    if gap:
+        x = graph.op("Pad", x, graph.integers([0, gap]), "", graph.integers([1]))
+    each = graph.op("Reshape", x, graph.integers([0, groups, GROUP]))
+    sums = graph.op("ReduceSum", each, graph.integers([2]), keepdims=0)
+    return graph.op("ReduceSum", sums, graph.integers([1]), keepdims=1)
 
 
 def _parts(count: int, step: int) -> list[tuple[int, int]]:

@@ -62,7 +62,7 @@ def fit(
 
 def _backward(model: nn.Module, base: Base, batch: Batch, units: int, number: int, place: Place) -> Metrics:
     """Add this batch's share to the gradient of the mean loss over ``units``."""
-    with place.arithmetic():
+    with place.arithmetic(), base.fed(batch.inputs):
         each, hits = outcome(model, base.head, batch, base.vocabulary)
     loss = each.sum()
     total = loss.item()

@@ -108,6 +108,11 @@ def test_the_seed_says_who_is_on_what_and_not_as_it_says_who_has_which_rank():
         ({"onnx": 1}, {"adapter": {"dropout": 0.1}}, r"simulation.runtimes: .* want adapter.dropout = 0, or torch"),
         ({"onnx": 1}, {"model": MODEL | {"dropout": True}}, r"simulation.runtimes: .* want model.dropout = false"),
         ({"onnx": 1}, {"training": {"precision": "bf16"}}, r"simulation.runtimes: .* want training.precision = auto"),
+        (
+            {"onnx": 1},
+            {"training": {"lower": "bf16"}},
+            r"simulation.runtimes: .* want training.lower = none or fp32, or",
+        ),
     ],
 )
 def test_what_can_not_be_run_is_refused_by_its_key(runtimes, more, reason):
@@ -118,3 +123,7 @@ def test_what_can_not_be_run_is_refused_by_its_key(runtimes, more, reason):
 def test_formats_need_not_be_named_where_all_clients_have_the_experiments_own():
     assert made({"torch": 1, "onnx": 1}, model={"name": "tiny-bert", "quantise": "int8"}).model.formats == ()
     assert made({"torch": 1}, rule={"name": "fedsb"}).simulation.runtimes == {"torch": 1.0}  # torch can
+
+
+def test_what_is_kept_of_lower_layers_in_fp32_is_no_matter_for_an_exported_step():
+    assert made({"torch": 1, "onnx": 1}, training={"lower": "fp32"}).training.lower == "fp32"

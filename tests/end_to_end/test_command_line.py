@@ -70,7 +70,7 @@ def test_a_run_leaves_what_the_readme_promises(done):
         assert (done / name).exists()
     records = [json.loads(x) for x in (done / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
     assert {x["schema"] for x in records} == {1}
-    assert [x["kind"] for x in records] == ["run", "round", "round", "final", "baseline", "baseline", "baseline"]
+    assert [x["kind"] for x in records] == ["run", "round", "round", "memory", "final", *["baseline"] * 3]
     assert "torch" in (done / "config.lock.toml").read_text(encoding="utf8")
 
 

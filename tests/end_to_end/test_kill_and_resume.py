@@ -53,10 +53,20 @@ def kill_when(process, there):
 
 
 def untimed(folder):
-    """All that a run recorded, but for times, the run's own name, and bytes: each request has that name in it,
+    """All that a run recorded, but for times, memory, the run's own name, and bytes: each request has that name in it,
     compressed, so two runs differ by a few."""
     records = [json.loads(x) for x in (folder / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
-    drop = {"seconds", "seconds_training", "timeline", "started", "command", "settings", "bytes_up", "bytes_down"}
+    drop = {
+        "processes",
+        "seconds",
+        "seconds_training",
+        "timeline",
+        "started",
+        "command",
+        "settings",
+        "bytes_up",
+        "bytes_down",
+    }
     return [{k: v for k, v in record.items() if k not in drop} for record in records]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.report import history
+from fedpeft.report import exceeded, history
 from tests.end_to_end.fleet import ROOT, environment, fleet
 from tests.end_to_end.runs import EXPERIMENT, survivors_of
 from tests.ondevice.small_kit import write
@@ -21,7 +21,7 @@ def test_a_device_without_torch_is_sent_the_kit_and_trains_and_one_with_another_
     changes = "fleet.kit='none'; partition.clients=3; evaluation.clients=false; evaluation.every=2"
     with fleet(tmp_path / "flower", ("partition-id=0",)) as flower:
         without = {"PYTHONPATH": os.pathsep.join([str(WITHOUT), environment(flower.folder)["PYTHONPATH"]])}
-        flower.start_node(1, f'partition-id=1 kits="{kits}"', without)
+        flower.start_node(1, f'partition-id=1 kits="{kits}" memory="1GB"', without)
         flower.start_node(2, f'partition-id=2 kit="{other}"', without)
         config = {"experiment": str(EXPERIMENT), "changes": changes, "folder": str(folder)}
         said = " ".join(flower.run(ROOT, config, seconds=500).split())
@@ -36,3 +36,13 @@ def test_a_device_without_torch_is_sent_the_kit_and_trains_and_one_with_another_
     assert two.train is not None
     assert two.train.loss < one.train.loss
     assert size < one.bytes_down - two.bytes_down < size + 20_000  # the kit is in the run's bytes, once
+    memory = history(folder).memory
+    assert memory is not None
+    assert memory.unknown == ()
+    told = {x.clients: (x.rank, x.runtime, x.quantise, x.budget) for x in memory.devices}
+    assert told == {(0,): (4, "torch", "none", None), (1,): (4, "onnx", "none", 1_000_000_000)}
+    for x in memory.devices:
+        assert x.ratio is not None
+        assert 0.8 < x.ratio < 1.25  # of a model of no size it is all libraries, which differ from machine to machine
+    assert exceeded(memory) in said
+    assert "<h2>Memory of devices</h2>" in (folder / "report.html").read_text(encoding="utf8")

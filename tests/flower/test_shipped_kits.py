@@ -1,6 +1,7 @@
 """Kits that are brought to devices: whole and only whole, whatever is lost, late, damaged or full on the way."""
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from functools import partial
@@ -206,6 +207,24 @@ def test_a_kit_that_has_rotted_is_mended_by_its_bad_file_alone(tmp_path: Path) -
     assert shelf.lacks(digest) == Lack(digest, ("kit.json", 0))
     bring(shelf, tmp_path / "kit", digest, messages=1)
     assert contents(shelf.folder / digest) == contents(tmp_path / "kit")
+
+
+def test_kits_of_earlier_runs_make_room_for_one_that_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDPEFT_CACHE_LIMIT", "1.5MB")
+    folder = tmp_path / "shelf"
+    digests = [make_kit(tmp_path / str(i), i) for i in range(4)]
+    for i, age in ((0, 10), (1, 20)):
+        shutil.copytree(tmp_path / str(i), folder / digests[i])
+        os.utime(folder / digests[i], (1000 - age, 1000 - age))
+    (folder / "notes").mkdir()
+    os.utime(folder / "notes", (1, 1))
+    bring(Shelf(folder), tmp_path / "2", digests[2])
+    assert {x.name for x in folder.iterdir()} == {digests[0], digests[2], "notes"}
+    assert Shelf(folder).kit(digests[0]) is not None  # in use, by this process
+    bring(Shelf(folder), tmp_path / "3", digests[3], messages=3)
+    assert {x.name for x in folder.iterdir()} == {digests[0], digests[2], f"{digests[3]}.part", "notes"}
+    bring(Shelf(folder), tmp_path / "3", digests[3])
+    assert Shelf(folder).kit(digests[3]) is not None
 
 
 def test_two_processes_that_share_a_shelf_fetch_a_kit_in_common(tmp_path: Path) -> None:

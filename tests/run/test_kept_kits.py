@@ -50,6 +50,15 @@ def test_a_kit_is_for_one_name_configuration_and_tokenizer(model: Path) -> None:
     assert len(seen) == 5
 
 
+def test_kits_that_were_used_longest_ago_make_room(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_step, "export_step", lambda trainer, out, progress=None: write(out))
+    monkeypatch.setenv("FEDPEFT_CACHE_LIMIT", "1")
+    old = cache_folder() / "kits" / ("ab" * 32)
+    shutil.copytree(write(model.parent / "old").folder, old)
+    kept = kit_of(here(model), "none").folder
+    assert list(old.parent.iterdir()) == [kept]
+
+
 def test_a_kept_kit_that_is_damaged_or_half_is_made_anew(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = list[Path]()
 

@@ -161,6 +161,7 @@ def test_a_coordinator_sends_no_kit_unless_it_is_told_to(tmp_path: Path, monkeyp
             {"model": {"name": "by-hand"}, "data": {"name": "x", "task": "lm"}},
             "data: got lm; want classify, the task of",
         ),
+        ({"model": {"name": "by-hand"}, "seed": 1}, "seed: got 1; the kit in .* was exported with another, and so"),
         (
             {"model": {"name": "by-hand"}, "training": {"length": 21}},
             "training.length: got 21; the model takes at most 20",
@@ -189,7 +190,7 @@ def test_a_coordinator_refuses_a_kit_that_its_devices_would_refuse(
         (lambda kit: _flip(kit / "step.onnx"), "step.onnx"),
         (lambda kit: (kit / "evaluate.onnx").unlink(), "evaluate.onnx"),
         (lambda kit: _say(kit, "opset", 99), "graphs are of ONNX opset 99; fedpeft .* runs up to 21"),
-        (lambda kit: _say(kit, "format", 2), "has format 2, of fedpeft"),
+        (lambda kit: _say(kit, "format", 3), "has format 3, of fedpeft"),
     ],
 )
 def test_a_coordinator_sends_no_damaged_kit_and_none_that_is_too_new(

@@ -12,6 +12,7 @@ from fedpeft.rounds import Job
 from fedpeft.run import Lines, forecast, serve_run, simulate
 from fedpeft.run.node import workshop
 from fedpeft.run.runtimes import runtime_of
+from fedpeft.training.memory import RUNTIME
 
 CLIENTS = 6
 TORCH = {"torch": 1, "torch nf4": 1, "torch int8": 1}
@@ -63,6 +64,16 @@ def test_a_mixed_run_learns_says_who_was_on_what_and_goes_on_where_it_was_cut_of
     assert "<h2>Clients by runtime</h2>" in report
     assert '<th scope="row" class="n">torch nf4</th><td class="n">2</td>' in report
     assert len(h.baselines["base"].clients) == CLIENTS
+    assert {(x.rank, f"{x.runtime} {x.quantise}") for x in h.memory.devices} <= {
+        (rank, f"torch {quantise}") for rank in (2, 4) for quantise in ("none", "nf4", "int8")
+    }
+    assert sorted(client for x in h.memory.devices for client in x.clients) == list(range(CLIENTS))
+    assert {x.measured for x in h.memory.devices} == {None}
+    assert all(RUNTIME < x.predicted < RUNTIME + 10e6 for x in h.memory.devices)
+    ((name, size),) = h.memory.processes
+    assert name == "the simulation"
+    assert size > 300e6  # torch and its libraries
+    assert "<h2>Memory of devices</h2>" in report
     checkpoints = RunFolder.open(folder).checkpoints
     whole = checkpoints.load().state.adapter
     checkpoints.files()[-1].unlink()

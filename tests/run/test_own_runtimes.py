@@ -10,7 +10,7 @@ from fedpeft.config import experiment
 from fedpeft.data import Table
 from fedpeft.data import own as whole
 from fedpeft.errors import ConfigError
-from fedpeft.run import own
+from fedpeft.run import node, own
 from fedpeft.run.needs import fitting_on_device
 from fedpeft.run.node import Workshop, participant
 from fedpeft.run.own import Own
@@ -60,6 +60,10 @@ def test_a_node_holds_the_base_in_its_own_format_and_is_of_the_same_run():
         ({"quantise": "int5"}, "quantise is 'int5'; want none, int8, nf4 or int4"),
         ({"quantise": 8}, "quantise is 8; want none, int8"),
         ({"runtime": "jax"}, "runtime is 'jax'; want torch or onnx"),
+        ({"kernels": "cuda"}, "kernels is 'cuda'; want own or bitsandbytes"),
+        ({"kernels": True}, "kernels is True; want own"),
+        ({"kernels": "bitsandbytes"}, 'kernels: got bitsandbytes, which is for nf4; want quantise = "nf4", or'),
+        ({"kernels": "bitsandbytes", "runtime": "onnx"}, "kernels is 'bitsandbytes', which is torch's; want it left"),
         ({"runtime": "onnx"}, "kit is missing, from which runtime 'onnx' trains, and this run sends none; want kit="),
     ],
 )
@@ -104,7 +108,24 @@ def test_a_node_that_says_its_memory_gives_it_back_at_once(lacking, tmp_path):
         mine = Own.said({"kit": str(kit.folder), **config})
         assert Workshop(found, federation, mine).fleet.frugal is frugal
     lacking()
-    assert Own.said({"memory": "512MB"}) == Own()
+    mine = Own.said({"memory": "512MB"})
+    assert mine == Own(frugal=True)
+    assert [x.settle(found).training.micro for x in (mine, Own())] == [found.training.batch, None]
+
+
+def test_a_node_that_says_its_memory_spares_it_before_anything_is_loaded(monkeypatch):
+    did = []
+
+    def load(*_: object) -> None:
+        did.append("loaded")
+        raise KeyError
+
+    monkeypatch.setattr(node, "sparing", lambda: did.append("spared"))
+    monkeypatch.setattr(node, "workshop", load)
+    for config in ({}, {"memory": "512MB"}):
+        with pytest.raises(KeyError):
+            participant(settings(), config)
+    assert did == ["loaded", "spared", "loaded"]
 
 
 def test_a_kit_in_another_format_than_the_node_says_or_the_run_has_is_refused(tmp_path):

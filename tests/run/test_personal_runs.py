@@ -23,6 +23,7 @@ KINDS = {
     "dual": {"personal": {"dual": True, "finetune": 2, "mix": 0.5}, "rule": {"name": "ffa"}},
 }
 DROPPED = {"seconds", "seconds_training", "timeline", "started", "command", "settings", "bytes_up", "bytes_down"}
+DROPPED |= {"processes"}
 
 
 class CutError(Exception):

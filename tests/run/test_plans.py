@@ -20,14 +20,6 @@ SETTINGS = {
 TABLE = Table("lm", ("a",), ("b",))
 
 
-@pytest.fixture(autouse=True)
-def spared(monkeypatch):
-    """How often this process was asked to spare memory, which is not done: it is for the process as a whole."""
-    calls = []
-    monkeypatch.setattr("fedpeft.run.plan.sparing", lambda: calls.append(1))
-    return calls
-
-
 def run(*arguments):
     return CliRunner().invoke(cli.app, ["plan", *arguments], env={"COLUMNS": "250"})
 
@@ -37,6 +29,7 @@ def test_the_command_prints_what_fits_and_what_to_write_into_the_experiment():
     assert done.exit_code == 0, done.output
     assert re.search(r"^ 1 +torch +fp32 +\d+ +455 .*\n", done.output, re.MULTILINE)
     assert "\n1: as it is\n" in done.output
+    assert "its rows take 80 MB (torch) or 100 MB (onnx) more" in done.output
     done = run("--budget", "470MB", "--model", "tiny-llama")
     assert 'runtime="onnx" in the node\'s config' in re.search(r"^1: .*", done.output, re.MULTILINE)[0]
 
@@ -56,19 +49,21 @@ def test_an_experiment_that_is_too_large_is_refused_with_the_cheapest_change(tmp
     assert "onnx" not in done.output
 
 
-def test_a_node_that_says_its_memory_spares_it_and_is_refused_where_it_does_not_suffice(spared):
+def test_a_node_that_says_its_memory_is_refused_where_it_does_not_suffice():
     found = experiment(SETTINGS)
     keep_within(found, TABLE, {}, "torch")
-    assert not spared
     keep_within(found, TABLE, {"memory": "100GB"}, "torch")
-    assert len(spared) == 1
     with pytest.raises(
         ConfigError, match=r"^plan: training takes about .* the cheapest change that fits: training.micro"
     ):
         keep_within(found, TABLE, {"memory": "700MB"}, "torch")
     ranks = {"name": "memory", "levels": [1, 4]}
     small = experiment(SETTINGS | {"training": {"batch": 1}, "ranks": ranks})
-    keep_within(small, TABLE, {"memory": "500MB"}, "torch")
+    keep_within(small, TABLE, {"memory": "600MB"}, "torch")  # of which Flower's client has 80
+    with pytest.raises(ConfigError, match=r"less 80 MB for Flower's client$"):
+        keep_within(small, TABLE, {"memory": "550MB"}, "torch")
+    with pytest.raises(ConfigError, match=r"^plan: nothing fits in 0 MB; .* memory, 90 MB, less 100 MB for Flower"):
+        keep_within(small, TABLE, {"memory": "90MB"}, "onnx")
 
 
 def test_an_experiment_is_judged_with_its_own_settings():
@@ -77,6 +72,10 @@ def test_an_experiment_is_judged_with_its_own_settings():
     choice = wish_of(experiment(SETTINGS | changed | {"training": training}), ("torch",), TABLE).choice
     assert (choice.micro, choice.batch, choice.length, choice.checkpointing, choice.moments) == (2, 6, 40, True, 0)
     assert (choice.both, choice.up, choice.down, choice.rank, choice.layers) == (False, "int4", "int8", 4, 2)
+    assert choice.kept == 0
+    keeping = experiment(SETTINGS | {"training": {"length": 40, "lower": "bf16", "lower_room": "3kB"}})
+    assert wish_of(keeping, rows=TABLE, texts=1).choice.kept == 40 * 24 * 2
+    assert wish_of(keeping, rows=TABLE).choice.kept == 3000
 
 
 def test_amounts_are_read_with_their_units_and_refused_without():

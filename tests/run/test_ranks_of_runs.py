@@ -8,7 +8,7 @@ import tomli_w
 import fedpeft.run.coordinate as coordinate
 from fedpeft.config import experiment
 from fedpeft.errors import ConfigError
-from fedpeft.flower import InProcessGrid, answer
+from fedpeft.flower import Footprints, InProcessGrid, answer
 from fedpeft.report import history
 from fedpeft.run import Lines, forecast, participant, serve_run, simulate
 from fedpeft.run.needs import Needs
@@ -211,6 +211,10 @@ def test_a_simulated_devices_memory_gives_the_rank_and_may_not_suffice_for_the_s
         c for c, k in kinds.items() if k == "none"
     }
     assert len(h.rounds[0].survivors) == sum(kind != "none" for kind in kinds.values())
+    told = {c: (x.rank, x.budget) for x in h.memory.devices for c in x.clients}
+    assert told == {c: (rank(c, 0), round(most[kind])) for c, kind in kinds.items()}
+    for x in h.memory.devices:
+        assert x.predicted == max(Needs(here.trainer).of(here.counts(c).train, x.rank) for c in x.clients)
 
 
 def test_clients_of_buffered_rounds_have_ranks_of_their_own_and_a_resumed_run_ends_the_same(tmp_path):
@@ -244,7 +248,7 @@ def test_clients_of_buffered_rounds_have_ranks_of_their_own_and_a_resumed_run_en
 
 
 def test_a_node_says_its_own_rank(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedpeft.run.plan.sparing", lambda: None)  # which is for this process as a whole
+    monkeypatch.setattr("fedpeft.run.node.sparing", lambda: None)  # which is for this process as a whole
 
     def said(ranks, client=0, **config):
         found = experiment(settings(tmp_path, ranks))
@@ -256,7 +260,7 @@ def test_a_node_says_its_own_rank(tmp_path, monkeypatch):
     assert said(LEVELS, rank=4) is None
     assert (said(column), said(column, 7), said(column, rank=7)) == (3, 5, 7)
     assert (said(memory), said(memory, memory=1e15), said(memory, rank=3)) == (8, 8, 3)
-    with pytest.raises(ConfigError, match=r"^plan: nothing fits in 1 MB; the least is \d+ MB, \d+ MB more, with "):
+    with pytest.raises(ConfigError, match=r"^plan: nothing fits in 0 MB; the least is \d+ MB.*, 1 MB, less 80 MB"):
         said(memory, memory="1MB")
     for wrong in (0, 9, "4", True):
         with pytest.raises(ConfigError, match=rf"^node-config: rank is {wrong!r}; want 1 to 8, the server's"):
@@ -280,13 +284,15 @@ def test_check_tells_what_it_can_of_nodes_with_data_of_their_own(tmp_path):
     assert said.bytes_down == ahead.bytes_down > 0
 
 
-def test_nodes_that_say_their_rank_are_asked_with_it(tmp_path, asked):
+def test_nodes_that_say_their_rank_are_asked_with_it(tmp_path, asked, monkeypatch, capsys):
+    notes, peaks = Footprints(), iter([*[600_000_000] * 2, 1_000_000_000, *[600_000_000] * CLIENTS])
+    monkeypatch.setattr("fedpeft.run.footing.peak", lambda: next(peaks))
     found = settings(tmp_path, {"name": "column"}, rounds=1, fleet={"wait": 20.0})
     (tmp_path / "own.toml").write_text(tomli_w.dumps(found), encoding="utf8")
 
     def handle(messages, nodes):
         for message in messages:
-            yield from answer(participant, [message], nodes)
+            yield from answer(participant, [message], nodes, notes=notes)
 
     state = {"state": str(tmp_path / "state")}
     nodes = [{"partition-id": c} | state | ({"rank": 7} if c == 2 else {}) for c in range(CLIENTS)]
@@ -297,3 +303,5 @@ def test_nodes_that_say_their_rank_are_asked_with_it(tmp_path, asked):
     h = history(tmp_path / "run")
     assert h.rounds[0].survivors == tuple(range(CLIENTS))
     assert {x.rank for x in h.run.clients.values()} == {None}  # known when they have been asked
+    assert {x.clients[0]: x.rank for x in h.memory.devices} == want
+    assert "Client 2 (torch, rank 7) took 1 GB at its peak, 1." in capsys.readouterr().out.splitlines()[-1]

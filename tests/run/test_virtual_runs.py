@@ -43,7 +43,7 @@ BUFFERED = {"schedule": {"name": "buffered", "buffer": 2, "concurrency": 5}}
 
 
 def untimed(path):
-    drop = {"seconds", "seconds_training", "started", "command", "settings", "bytes_up", "bytes_down"}
+    drop = {"processes", "seconds", "seconds_training", "started", "command", "settings", "bytes_up", "bytes_down"}
     records = [json.loads(x) for x in (path / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
     return [{k: v for k, v in record.items() if k not in drop} for record in records]
 

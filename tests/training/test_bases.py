@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from fedpeft.errors import ConfigError
 from fedpeft.training import fingerprints, packaged
@@ -87,6 +88,64 @@ def test_what_weights_do_not_show_changes_the_fingerprint(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_attention_heads": 6}))
     assert base(copy).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activation_function": "gelu"},
+        {"layer_norm_epsilon": 1e-3},
+        {"n_head": 4},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+    ],
+)
+def test_what_weights_of_gpt2_do_not_show_changes_its_answers_and_its_fingerprint(change):
+    torch.manual_seed(0)
+    small = {"n_embd": 24, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+    plain = GPT2LMHeadModel(GPT2Config(**small, initializer_range=0.3)).eval()
+    other = GPT2LMHeadModel(GPT2Config(**(small | change))).eval()
+    other.load_state_dict(plain.state_dict())
+    ids = torch.arange(8)[None]
+    assert (plain(ids).logits - other(ids).logits).abs().max() > 1e-3
+    assert fingerprints._of_weights(plain, frozenset()) != fingerprints._of_weights(other, frozenset())
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("bert", {"is_decoder": True}),
+        ("bert", {"layer_norm_eps": 1e-3}),
+        ("roberta", {"pad_token_id": 2}),
+        ("distilbert", {"activation": "relu"}),
+        ("distilbert", {"n_heads": 4}),
+        ("llama", {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}),
+        ("mistral", {"sliding_window": 7}),
+        ("gemma2", {"hidden_activation": "gelu"}),
+        ("gemma2", {"attn_logit_softcapping": 1.0}),
+        ("gemma2", {"final_logit_softcapping": 1.0}),
+        ("gemma2", {"query_pre_attn_scalar": 9}),
+        ("gemma2", {"layer_types": ["full_attention", "full_attention"]}),
+        ("smollm3", {"no_rope_layers": [0, 0]}),
+        ("qwen2", {"rms_norm_eps": 1e-2}),
+    ],
+)
+def test_the_fingerprint_knows_the_settings_of_other_families(kind, change):
+    class Weightless(torch.nn.Module):
+        config = AutoConfig.for_model(kind, num_hidden_layers=2)
+
+    before = fingerprints._of_weights(Weightless(), frozenset())
+    Weightless.config = AutoConfig.for_model(kind, num_hidden_layers=2, **change)
+    assert fingerprints._of_weights(Weightless(), frozenset()) != before
+
+
+def test_a_digest_that_was_kept_of_other_settings_is_not_read(copy, monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDPEFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprints, "_SETTINGS", ("model_type",))
+    fewer = base(copy).fingerprint
+    monkeypatch.undo()
+    monkeypatch.setenv("FEDPEFT_CACHE", str(tmp_path / "cache"))
+    assert base(copy).fingerprint != fewer
 
 
 def test_different_models_have_different_fingerprints_and_a_copy_has_the_same(copy):

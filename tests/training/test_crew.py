@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +70,9 @@ def test_workers_give_the_loops_results_in_order_and_one_that_dies_is_replaced()
         first = next(going)
         assert isinstance(first, Done)
         pids = [x.process.pid for x in two.crew._workers]
+        if sys.platform == "linux":
+            mapped = [Path(f"/proc/{pid}/maps").read_text() for pid in pids]
+            assert not any("bitsandbytes" in x for x in mapped), "nobody has asked for it"
         os.kill(pids[0], signal.SIGKILL)
         two.crew._workers[0].process.join(30)  # a process takes a while to die, and until then it is taken for alive
         rest = list(going)

@@ -1,9 +1,11 @@
 """The process's surroundings are set in time, and facts on them are to be had."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -139,3 +141,40 @@ def test_a_sparing_process_imports_nothing_that_is_not_needed_and_finds_it_later
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["absent", "True", "0"]
+
+
+@pytest.mark.parametrize("has_torch", [False, True])
+def test_what_peft_must_not_find_is_hidden_in_every_process_and_it_settles_that_for_good(clean, has_torch):
+    said = []
+
+    def question() -> None:
+        said.append(sys.modules["colorsys"])
+
+    clean.setattr(environment, "_NOT_THEIRS", ("colorsys",))
+    clean.delitem(sys.modules, "colorsys", raising=False)
+    asked = type("Asked", (), dict.fromkeys(("is_bnb_available", "is_bnb_4bit_available"), staticmethod(question)))
+    clean.setitem(sys.modules, "peft.import_utils", asked)
+    asked = type("Asked", (), {"is_bitsandbytes_available": staticmethod(question)})
+    clean.setitem(sys.modules, "transformers.utils.import_utils", asked)
+    clean.setitem(sys.modules, "torch", object()) if has_torch else clean.delitem(sys.modules, "torch", raising=False)
+    clean.setattr(gc, "isenabled", lambda: False)
+    with environment.starting(), pytest.raises(ImportError):
+        import_module("colorsys")
+    assert said == [None] * 3
+    assert "colorsys" not in sys.modules
+    assert import_module("colorsys").rgb_to_hls
+
+
+def test_what_is_hidden_is_there_for_who_asks_for_it_and_stays_then(clean):
+    clean.delitem(sys.modules, "colorsys", raising=False)
+    with environment.without(["colorsys"]):
+        with environment.showing("colorsys"):
+            pass
+        with pytest.raises(ImportError):
+            import_module("colorsys")
+        with environment.showing("colorsys"):
+            found = import_module("colorsys")
+        assert import_module("colorsys") is found
+    assert sys.modules["colorsys"] is found
+    with environment.showing("colorsys"):
+        assert import_module("colorsys") is found

@@ -8,7 +8,7 @@ import torch
 
 from fedpeft.adapters import LowRank, same
 from fedpeft.rounds import Failed, Job, Metrics, Trial
-from fedpeft.training import loop
+from fedpeft.training import evaluate, loop
 from fedpeft.training.evaluate import measure
 from fedpeft.training.loop import TorchTrainer
 from fedpeft.training.settings import Method, Model, Training
@@ -62,9 +62,28 @@ def test_a_language_models_sums_are_over_the_tokens_of_replies(talk):
 def test_the_sums_do_not_depend_on_how_rows_are_batched(request, fixture):
     found = request.getfixturevalue(fixture)
     rows = found.rows(0, "train")
-    many, few = (measure(found.bridge.model, found.frozen, rows, n, None, found.place) for n in (100, 1))
+    many, few = (
+        measure(found.bridge.model, found.frozen, rows, replace(TRAINING, batch=100, micro=n), found.place)
+        for n in (100, 1)
+    )
     assert few.loss == pytest.approx(many.loss, rel=1e-5)
     assert (few.units, few.correct, few.examples) == (many.units, many.correct, many.examples)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "batch", "micro", "passes"),
+    [("words", 4, None, [9]), ("words", 4, 4, [4, 4, 1]), ("words", 4, 9, [4, 4, 1]), ("words", 99, 5, [5, 4]),
+     ("talk", 4, None, [4, 4, 1]), ("talk", 4, 3, [3, 3, 3])],
+)  # fmt: skip
+def test_a_pass_takes_no_more_rows_than_the_settings_say(request, monkeypatch, fixture, batch, micro, passes):
+    found, sizes = request.getfixturevalue(fixture), []
+    whole = evaluate.collate
+    monkeypatch.setattr(
+        evaluate, "collate", lambda store, rows, *rest: sizes.append(len(rows)) or whole(store, rows, *rest)
+    )
+    trainer = found.over(found.federation, replace(TRAINING, batch=batch, micro=micro))
+    (metrics,) = trainer.evaluate_many([Trial(0, "train", trainer.start())])
+    assert (metrics.examples, sorted(sizes, reverse=True)) == (9, passes)
 
 
 def test_a_client_without_rows_for_it_has_sums_of_zero(words):

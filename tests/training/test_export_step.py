@@ -44,6 +44,7 @@ def test_a_kit_says_what_it_was_made_of(made):
     assert (facts.words, facts.vocabulary) == (262, 262 if base.task == "lm" else 0)
     assert facts.longest == base.model.config.max_position_embeddings
     assert (facts.bos, facts.eos) == ("<s>", "</s>")
+    assert facts.seed == 3
     assert not facts.recompute
     assert 0 <= facts.checked["loss"] < 1e-5
     assert abs(facts.checked["gradient"]) < 1e-8

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedpeft.errors import ConfigError
 from fedpeft.rounds import Done
-from fedpeft.training import bases, fidelity
+from fedpeft.training import bases, fidelity, kept_bases
 from fedpeft.training.environment import cache_folder
 from fedpeft.training.loop import TorchTrainer
 from fedpeft.training.packaged import folder
@@ -174,6 +174,25 @@ def test_a_damaged_file_is_made_anew(cache):
     assert second.frozen.source is None
     assert_same(first, second)
     assert load("tiny-llama").frozen.source is not None
+
+
+def test_bases_that_were_used_longest_ago_make_room(cache, monkeypatch):
+    monkeypatch.setattr(kept_bases, "hold", lambda file: True)  # as if those who used them had ended
+    monkeypatch.setenv("FEDPEFT_CACHE_LIMIT", "1")
+    load("tiny-llama", "int8")
+    (first,) = (cache / "packed").glob("*.safetensors")
+    load("tiny-llama", "nf4")
+    (second,) = (cache / "packed").glob("*.safetensors")
+    assert second != first
+    assert load("tiny-llama", "int8").frozen.source is None
+
+
+def test_a_base_that_is_in_use_stays(cache, monkeypatch):
+    monkeypatch.setenv("FEDPEFT_CACHE_LIMIT", "1")
+    for quantise in ("int8", "nf4"):
+        load("tiny-llama", quantise)
+    assert len(list((cache / "packed").glob("*.safetensors"))) == 2
+    assert load("tiny-llama", "int8").frozen.source is not None
 
 
 def test_a_failed_trial_keeps_nothing(cache, monkeypatch):

@@ -51,6 +51,10 @@ def test_the_parts_are_the_plans_of_what_the_adapter_and_the_settings_say():
         assert parts(BERT, 1000, SPEC, training) == predict(sizes, load(**change))
     assert parts(BERT, 1000, SPEC, TEXT, "int8") == predict(sizes, load(quantise="int8"))
     assert parts(BERT, 1000, SPEC, TEXT, engine="onnx") == predict(sizes, load(engine="onnx"))
+    of_b = predict(sizes, load(trained=2 * 6 + 21, trains_a=False))
+    assert parts(BERT, 1000, SPEC, TEXT, trains="b") == of_b
+    assert parts(BERT, 1000, SPEC, TEXT, trains="a") == predict(sizes, load(trained=2 * 10 + 21))
+    assert estimate(BERT, 1000, SPEC, TEXT, sparing=True, trains="b") == of_b.total
 
 
 def test_a_process_that_keeps_what_is_freed_takes_more_of_what_a_step_makes():

@@ -129,5 +129,13 @@ def test_few_logits_are_made_all_at_once_bit_for_bit_as_the_model_makes_them(bat
         assert torch.equal(found[0], scored(predictions(base.model, base.head, x), x.targets)[0])
 
 
+@pytest.mark.parametrize(("words", "is_plain"), [(262, True), (261, False)])
+def test_logits_of_a_large_vocabulary_are_never_made_as_the_model_makes_them(batch, monkeypatch, words, is_plain):
+    base, x = batch
+    monkeypatch.setattr("fedpeft.training.objectives.ADDED", words)
+    monkeypatch.setattr("fedpeft.training.objectives.losses", lambda *_: "some at a time")
+    assert (outcome(base.model, base.head, x, base.vocabulary) != "some at a time") is is_plain
+
+
 def test_the_packaged_constants():
-    assert objectives.FEW == 2**20
+    assert (objectives.FEW, objectives.ADDED) == (2**20, 2**12)
