@@ -76,7 +76,7 @@ def plan(
     carried = " or ".join(f"{CARRIER[x] / 1e6:.0f} MB ({x})" for x in engines)
     console.print(
         "MB at the peak, by part in grey; up and down a client and round\n"
-        f"on a deployed node Flower's client and its rows take {carried} more, which the node's `memory` is to hold too\n",
+        f"on a deployed node Flower's client and its rows take {carried} more, of the node's `memory` too\n",
         style="dim",
         highlight=False,
     )
