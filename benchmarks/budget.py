@@ -163,7 +163,8 @@ def child(case: Case, limit: int, kit: str) -> Result:
     before = loss(start)
     began = process_time()
     (done,) = trainer.train_many([Job(0, 0, SEED, start)])
-    assert isinstance(done, Done), done
+    if not isinstance(done, Done):
+        raise SystemExit(done.reason)
     seconds = (process_time() - began) / case.steps
     return Result(
         before,
@@ -191,10 +192,11 @@ def measured(case: Case, device: Path) -> dict[str, object]:
         run(case, case.budget // 2, kit, packages)
         half = "it trains"
     except BudgetError as error:
-        half = str(error)[:100]
+        half = str(error).replace(f"{kit}/", "")[:160]
     return {
         "runtime": case.runtime,
         "base": case.quantise,
+        "activations": "computed again" if case.recompute else "kept",
         "budget MB": case.budget,
         "peak MB": within.peak,
         "of it private, at the end": within.anonymous,

@@ -47,7 +47,7 @@ class Seen:
         """Of a mean of so many clients, shape (grid.size,), whose weights come to ``weight``."""
         share = weight / (clients * grid.largest_weight)
         parts = [mean[a:b] for a, b in pairwise(accumulate(grid.leaves, initial=0))]
-        return cls(grid, tuple(share * float(np.abs(x).max(initial=0)) for x in parts), clients, cut)
+        return cls(grid, tuple(share * np.abs(x).max(initial=0) for x in parts), clients, cut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ class Scales:
         """The scales for the next round. A tensor whose mean is all zero, as of a resting factor, keeps its own."""
         grid = seen.grid
         if seen.cut > CUT * seen.clients * (grid.size + grid.sketches):
-            return Scales(tuple(max(0, k - RELAX) for k in self.halvings), self.room + RELAX)
+            more = RELAX if any(self.halvings) else 0  # of what is cut at the whole range no scale is the cause
+            return Scales(tuple(max(0, k - RELAX) for k in self.halvings), self.room + more)
         each = zip(self.halvings, grid.leaves, seen.peaks, strict=True)
         return Scales(tuple(self._next(grid, *leaf) for leaf in each), self.room)
 

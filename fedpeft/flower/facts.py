@@ -5,7 +5,7 @@
 
 from collections.abc import Collection, Mapping
 from math import isfinite
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -19,7 +19,7 @@ LARGEST = 1 << 53
 def text(facts: Mapping[str, Json], key: str) -> str:
     """A string."""
     x = facts[key]
-    if not isinstance(x, str):
+    if not _is_text(x):
         raise ProtocolError(f"{key} is {str(x)[:60]!r}; want a string")
     return x
 
@@ -43,9 +43,14 @@ def claim(facts: Mapping[str, Json], key: str) -> bool:
 def texts(facts: Mapping[str, Json], key: str) -> tuple[str, ...]:
     """A list of strings."""
     x = facts[key]
-    if not isinstance(x, list) or not all(isinstance(s, str) for s in x):
+    if not isinstance(x, list) or not all(_is_text(s) for s in x):
         raise ProtocolError(f"{key} is {str(x)[:60]!r}; want a list of strings")
     return tuple(x)
+
+
+def _is_text(x: Json) -> TypeGuard[str]:
+    """Whether it is a string that can be written: JSON may name halves of characters, which no file takes."""
+    return isinstance(x, str) and not any("\ud800" <= c <= "\udfff" for c in x)
 
 
 def exactly(facts: Mapping[str, Json], keys: Collection[str]) -> None:

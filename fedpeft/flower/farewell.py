@@ -9,6 +9,8 @@ from fedpeft.flower.post import Letter, Post
 PATIENCE = 60.0
 """Seconds to wait for answers that a run can do without; a node takes some ten for any message."""
 
+_LONGEST = 200  # characters of why a client gave none
+
 
 def farewell(fleet: Fleet, seconds: float = PATIENCE) -> tuple[dict[int, Footprint], tuple[tuple[int, str], ...]]:
     """The footprint of each client that was asked to train; and who gave none, and why. Clients ascend in both.
@@ -30,10 +32,10 @@ def farewell(fleet: Fleet, seconds: float = PATIENCE) -> tuple[dict[int, Footpri
         try:
             answer = unpack_footprint(content_of(reply.content))
         except ProtocolError as error:
-            problems[client] = str(error)
+            problems[client] = str(error)[:_LONGEST]
             continue
         if answer is None:
-            problems[client] = "it has not trained since its node was started"
+            problems[client] = "it has not trained since its node was started, or the run resumed"
         else:
             found[client] = answer
     return dict(sorted(found.items())), tuple((c, why) for c, why in sorted(problems.items()) if c not in found)

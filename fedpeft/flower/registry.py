@@ -223,9 +223,10 @@ class Registry:
         return tuple(client for (client,) in self._rows(query, round))
 
     def silent(self) -> frozenset[int]:
-        """The clients whose answer to the last round that asked them did not count, or did not come."""
-        last = "SELECT max(round) FROM visit AS other WHERE other.client = visit.client AND other.asked"
-        query = f"SELECT client FROM visit WHERE asked AND NOT answered AND round = ({last})"
+        """The clients of which no answer counted in the last round that asked them, or later, as it may be in a
+        buffered run."""
+        asked, answered = (f"max(CASE WHEN {x} THEN round END)" for x in ("asked", "answered"))
+        query = f"SELECT client FROM visit GROUP BY client HAVING {asked} > coalesce({answered}, -1)"
         return frozenset(client for (client,) in self._rows(query))
 
     def ledger(self, client: int) -> Ledger:

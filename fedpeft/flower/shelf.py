@@ -109,6 +109,7 @@ class Shelf:
         """Refuse bytes that there is no room for, or of a file of another size than the manifest says."""
         parts, (file, offset) = self._parts(digest), piece.place
         parts.mkdir(parents=True, exist_ok=True)
+        os.utime(parts)  # in use, as far as others can see: while a large file comes nothing else says so
         if file == MANIFEST:
             if piece.size > LARGEST_MANIFEST:
                 raise ProtocolError(f"the kit's manifest has {piece.size} bytes; want at most {LARGEST_MANIFEST}")
@@ -119,12 +120,17 @@ class Shelf:
                 raise ProtocolError(f"the kit's {file} has {piece.size} bytes; its manifest says {files[file][1]}")
             wanted = sum(size for f, (_, size) in files.items() if not (parts / f).exists()) - offset
             if not offset:
-                make_room([x for x in self.folder.iterdir() if is_digest(x.name.removesuffix(".part"))], wanted, parts)
+                make_room(self._kits(), wanted, parts)
         if (free := shutil.disk_usage(self.folder).free) < wanted:
             raise DataError(
                 f"{self.folder}: has room for {free / 1e6:.0f} MB, and {wanted / 1e6:.0f} MB of the run's kit are to "
                 f"come; want room there (kits of earlier runs may be deleted), or kits='FOLDER' in the node's config"
             )
+
+    def _kits(self) -> list[Path]:
+        """The kits here and those on their way; of a folder that is a user's, nothing else."""
+        named = (x for x in self.folder.iterdir() if is_digest(x.name.removesuffix(".part")))
+        return [x for x in named if (x / MANIFEST).is_file()]
 
     def _parts(self, digest: str) -> Path:
         return self.folder / f"{digest_in(digest)}.part"

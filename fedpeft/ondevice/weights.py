@@ -21,6 +21,7 @@ _WEIGHT = 5  # of GraphProto
 _DIMS, _KIND, _NAME, _OUTSIDE, _PLACE = 1, 2, 8, 13, 14  # of TensorProto
 _EXTERNAL = 1  # a place
 _INT4 = 22
+_LONGEST = 63  # bits before the last seven of an integer, which has 64
 _KINDS: Mapping[int, type[np.generic]] = {
     1: np.float32,
     2: np.uint8,
@@ -129,6 +130,8 @@ def _integer(message: memoryview, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if message[at - 1] < 128:
             return found, at
+        if shift > _LONGEST:
+            raise ValueError("an integer of more than 64 bits")
 
 
 def _integers(message: memoryview) -> list[int]:

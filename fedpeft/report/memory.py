@@ -120,5 +120,8 @@ def _unknown(found: Sequence[tuple[int, str]]) -> str:
     reasons: dict[str, list[int]] = {}
     for client, why in found:
         reasons.setdefault(why, []).append(client)
-    told = "; ".join(f"{_named(some)} ({why})" for why, some in sorted(reasons.items(), key=lambda x: (-len(x[1]), x)))
-    return f"Not known: {told}."
+    most = sorted(reasons.items(), key=lambda x: (-len(x[1]), x))
+    told = [f"{_named(some)} ({why})" for why, some in most[:_MOST_NAMED]]
+    if rest := sum(len(some) for _, some in most[_MOST_NAMED:]):
+        told.append(f"{rest:,} more, for other reasons")
+    return f"Not known: {'; '.join(told)}."

@@ -25,6 +25,7 @@ from fedpeft.run.ranks import check_column, said_by_node
 from fedpeft.run.runtimes import Lent, mixed, on_device
 from fedpeft.run.shipped import mend
 from fedpeft.run.tables import table
+from fedpeft.secagg import Protocol
 from fedpeft.training.environment import cache_folder, sparing, starting
 from fedpeft.training.kit import Kit
 from fedpeft.training.settings import Quantise
@@ -162,8 +163,7 @@ def participant(settings_json: str, node_config: Mapping[str, Scalar]) -> Partic
     here = workshop(settings_json, None if data is None else str(data), 0 if data is None else number, mine)
     found, state = here.found, _state(here.found, node_config)
     secure = member(here, node_config, state)  # first: what it refuses need not load a model
-    texts = sum(here.federation.size(number)) if "memory" in node_config and found.training.bytes_lower else None
-    keep_within(found, here.federation.table, node_config, mine.engine, texts)
+    keep_within(found, here.federation.table, node_config, mine.engine, _texts(here, node_config))
     return Participant(
         trainer=_fleet(here, node_config),
         rule=found.rule,
@@ -182,6 +182,15 @@ def participant(settings_json: str, node_config: Mapping[str, Scalar]) -> Partic
         down=found.compression.codec_down,
         footprint=Footing(here, node_config),
     )
+
+
+def _texts(here: Workshop, node_config: Mapping[str, Scalar]) -> int | None:
+    """The texts that a client here trains and is evaluated on, at most, which a refusal may tell of; None where it
+    makes no difference, and under secure aggregation, where their number is for nobody to know."""
+    found = here.found
+    if "memory" not in node_config or not found.training.bytes_lower or isinstance(found.secagg, Protocol):
+        return None
+    return max(sum(x) for x in here.federation.sizes())  # which client is here, other messages may say otherwise
 
 
 def _fleet(here: Workshop, node_config: Mapping[str, Scalar]) -> Lent:

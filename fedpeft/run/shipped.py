@@ -72,9 +72,12 @@ def kit_here(node_config: Mapping[str, Scalar], settings_json: str) -> Path:
     wanted = str(json.loads(settings_json).get("fleet", {}).get("kit", ""))
     wanted = wanted if is_digest(wanted) else ""  # a format is for the coordinator to know
     if said and not is_digest(said):
+        folder, here = Path(said), shelf(node_config)
         if wanted:
-            Kit.open(Path(said), check=False, digest=wanted)
-        return Path(said)
+            Kit.open(folder, check=False, digest=wanted)
+        if folder.resolve().parent == here.folder.resolve():  # where another run's kit may ask for its room
+            here.kit(folder.name)
+        return folder
     if not wanted:
         raise ConfigError(
             "node-config: kit is missing, from which runtime 'onnx' trains, and this run sends none; want kit='FOLDER' "

@@ -98,17 +98,17 @@ class Lower:
         assert isinstance(mask, Tensor)
         given = self.of(ids, mask)
 
-        def put(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (given.to(args[0].dtype), *args[1:])
+        def giving(x: Tensor, *_: object, **__: object) -> Tensor:
+            return given.to(x.dtype)
 
         below = list(self.layers[: self.lowest])
-        hook = self.layers[self.lowest].register_forward_pre_hook(put)
         try:
-            for layer in below:
+            for layer in below[:-1]:
                 layer.forward = _passing
+            # Not a hook of the layer above, which is gone when checkpointing runs that layer again for its gradients.
+            below[-1].forward = giving
             yield
         finally:
-            hook.remove()
             for layer in below:
                 vars(layer).pop("forward", None)
 

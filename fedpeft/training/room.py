@@ -17,7 +17,7 @@ here, kits that were sent."""
 USUAL = "8GB"
 """Where it is not set: two packed bases of 7e9 numbers, or fifty kits of SmolLM2."""
 
-_GONE = ".{}.gone"
+_GONE = ".{}.fedpeft-gone"  # which nobody else calls anything: the folder may be a user's
 
 _held: dict[Path, int] = {}
 """What this process uses, by open file, until it ends."""
@@ -31,13 +31,8 @@ def hold(entry: Path) -> bool:
         return False
     with suppress(OSError):  # a file system without locks, where the order of use has to do
         fcntl.flock(handle, fcntl.LOCK_SH)
-    here, path = os.fstat(handle), entry.resolve()
-    try:
-        there = os.stat(entry)
-    except OSError:
-        os.close(handle)
-        return False
-    if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):  # it was given up between the two
+    path = entry.resolve()
+    if not _is_at(handle, entry):  # it was given up between the two
         os.close(handle)
         return hold(entry)
     if (before := _held.pop(path, None)) is not None:
@@ -95,6 +90,8 @@ def _gives_up(entry: Path) -> bool:
         return not entry.exists()
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_at(handle, entry):  # another process was faster, and what is there now may be in use
+            return not entry.exists()
         gone = entry.with_name(_GONE.format(entry.name))
         os.rename(entry, gone)  # all at once: nobody finds half of it
         _remove(gone)
@@ -105,8 +102,16 @@ def _gives_up(entry: Path) -> bool:
     return True
 
 
+def _is_at(handle: int, entry: Path) -> bool:
+    """Whether what was opened is still what is there."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(entry))
+    except OSError:
+        return False
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():  # of a link only itself goes
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):

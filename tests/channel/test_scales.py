@@ -106,6 +106,17 @@ def test_more_than_one_in_ten_thousand_cut_takes_two_halvings_back_and_leaves_ro
     assert Scales((1, 2, 3)).after(many) == Scales((0, 0, 1), 2)
 
 
+def test_what_is_cut_at_the_whole_range_leaves_no_more_room_or_no_later_round_would_be_finer():
+    cut = seen(1 / 16, 1 / 16, 1 / 16, cut=284)
+    assert Scales((0, 0, 0)).after(cut) == Scales((0, 0, 0), 0)
+    assert Scales((0, 0, 0), 3).after(cut) == Scales((0, 0, 0), 3)
+    assert Scales((0, 1, 0), 3).after(cut) == Scales((0, 0, 0), 5)
+    scales = Scales((0, 0, 0))
+    for _ in range(20):
+        scales = scales.after(cut)
+    assert scales.after(seen(1 / 16, 1 / 16, 1 / 16)) == Scales((3, 1, 3))
+
+
 def test_room_is_left_free_for_good():
     scales = Scales((4, 4, 4), 2)
     for _ in range(3):

@@ -22,6 +22,7 @@ from fedpeft.flower.answers import Refusal, pack_refusal
 from fedpeft.flower.footprints import MEMORY_QUERY, pack_footprint, pack_memory_query, unpack_footprint
 from fedpeft.flower.inprocess import NodeConfig
 from fedpeft.flower.packing import Parcel, pack
+from fedpeft.flower.registry import Registry
 from fedpeft.rounds import Job
 from fedpeft.rules import FactorMean
 from tests.flower.covert import Stage
@@ -123,7 +124,7 @@ def test_at_the_end_those_that_trained_say_what_it_took_and_the_others_why_nothi
     found, unknown = farewell(fleet, 20.0)
     assert clock.now == pytest.approx(before + 20.0)
     assert found == {4: Footprint(1, "torch", "none", None, 90, 104)}
-    not_yet = "it has not trained since its node was started"
+    not_yet = "it has not trained since its node was started, or the run resumed"
     assert unknown == (
         (0, "its node has gone"), (1, not_yet), (2, not_yet), (3, not_yet), (5, "no answer"), (6, "it is too hot"),
     )  # fmt: skip
@@ -161,6 +162,31 @@ def test_a_node_that_was_lost_is_not_waited_for() -> None:
     assert clock.now - before < 1.0
     assert 2 in found
     assert (0, "no answer") in unknown
+
+
+def test_a_client_whose_answer_came_in_a_later_step_is_waited_for() -> None:
+    registry = Registry()
+    registry.record(0, (0, 1, 2), (0,), (), {})
+    registry.record(1, (0,), (1,), (), {})  # of a buffered run: client 1 had taken longer
+    assert registry.silent() == {0, 2}
+    registry.record(2, (1,), (0, 1), (), {})
+    assert registry.silent() == {2}
+
+
+def test_what_a_node_says_is_kept_short() -> None:
+    clock, each = Clock(), dict.fromkeys(range(2), replace(participant(), footprint=footprint))
+    grid = nodes(each, Footprints())
+    fleet = muster(grid, FactorMean(), "{}", 2, 10.0, clock=clock, sleep=clock.sleep)
+    fleet.registry.record(0, range(2), range(2), (), {})
+
+    def change(client: int, reply: Message) -> list[Message]:
+        reply.content = pack(Parcel("memory", dict.fromkeys((*ONE.__slots__, "<b>" * 9999), 1), {}))
+        return [reply]
+
+    grid.change = change
+    found, unknown = farewell(fleet, 5.0)
+    assert not found
+    assert [len(why) for _, why in unknown] == [200, 200]
 
 
 def test_a_process_that_trains_for_many_devices_notes_nothing() -> None:

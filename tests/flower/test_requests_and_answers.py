@@ -188,6 +188,8 @@ def test_metrics_queries_and_refusals_round_trip() -> None:
         ("request", "round", 2**60, "want a whole number"),
         ("request", "pass", 1.0, "want a whole number"),
         ("request", "settings", None, "settings is 'None'; want a string"),
+        ("refusal", "reason", "half of a \ud83d", "reason is 'half of a .ud83d'; want a string"),
+        ("capabilities", "holds", ["\udfff"], "want a list of strings"),
         ("request", "base", 5, "base is '5'; want a string"),
         ("request", "spec", {}, "want \\[layers, dense\\]"),
         ("request", "spec", [[["q", D, K, -1, 2.0]], []], "has the layer"),

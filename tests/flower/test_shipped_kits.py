@@ -216,15 +216,29 @@ def test_kits_of_earlier_runs_make_room_for_one_that_comes(tmp_path: Path, monke
     for i, age in ((0, 10), (1, 20)):
         shutil.copytree(tmp_path / str(i), folder / digests[i])
         os.utime(folder / digests[i], (1000 - age, 1000 - age))
-    (folder / "notes").mkdir()
-    os.utime(folder / "notes", (1, 1))
+    for name in ("notes", "ab" * 32):  # a user's, whatever they are called
+        (folder / name).mkdir()
+        (folder / name / "large").write_bytes(bytes(1_000_000))
+        os.utime(folder / name, (1, 1))
     bring(Shelf(folder), tmp_path / "2", digests[2])
-    assert {x.name for x in folder.iterdir()} == {digests[0], digests[2], "notes"}
+    assert {x.name for x in folder.iterdir()} == {digests[0], digests[2], "notes", "ab" * 32}
     assert Shelf(folder).kit(digests[0]) is not None  # in use, by this process
     bring(Shelf(folder), tmp_path / "3", digests[3], messages=3)
-    assert {x.name for x in folder.iterdir()} == {digests[0], digests[2], f"{digests[3]}.part", "notes"}
+    assert {x.name for x in folder.iterdir()} == {digests[0], digests[2], f"{digests[3]}.part", "notes", "ab" * 32}
     bring(Shelf(folder), tmp_path / "3", digests[3])
     assert Shelf(folder).kit(digests[3]) is not None
+
+
+def test_a_kit_on_its_way_is_in_use_with_each_of_its_messages(tmp_path: Path) -> None:
+    """Else another process that makes room takes a large file's folder for the oldest."""
+    digest, shelf = make_kit(tmp_path / "kit"), Shelf(tmp_path / "shelf")
+    bring(shelf, tmp_path / "kit", digest, messages=2)
+    parts = shelf.folder / f"{digest}.part"
+    os.utime(parts, (1, 1))
+    file, offset = shelf.lacks(digest).place
+    assert (file, offset > 0) == ("base.safetensors", True)
+    bring(shelf, tmp_path / "kit", digest, messages=1)
+    assert parts.stat().st_mtime > 1e9
 
 
 def test_two_processes_that_share_a_shelf_fetch_a_kit_in_common(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_other_ways_to_write_the_same_are_read_too():
         (field(7, b"\x2a\x05a"), ValueError),  # a tensor of five bytes, of which one is there
         (b"\x3a", IndexError),  # no size
         (b"\x38\x01", TypeError),  # a number for the graph
+        (b"\x08" + b"\xff" * 10 + b"\x01", ValueError),  # more than 64 bits, which would take ever longer
         (field(7, field(5, b"\x70\x01")), KeyError),  # outside, and not said where
     ],
 )

@@ -120,6 +120,13 @@ def test_clients_of_which_nothing_is_known_are_told_with_the_reasons_the_commone
     assert "Measured" not in text
 
 
+def test_of_very_many_reasons_the_commonest_are_told() -> None:
+    some = [(n, f"reason {n:02}") for n in range(20)] + [(n, "no answer") for n in range(20, 22)]
+    text = devices(MemoryRecord((), tuple(some)))
+    assert "Not known: clients 20, 21 (no answer); client 0 (reason 00); " in text
+    assert text.endswith("; client 4 (reason 04); 15 more, for other reasons.</p>")
+
+
 def test_a_run_whose_devices_said_nothing_has_no_section() -> None:
     assert devices(None) == ""
     assert devices(MemoryRecord(processes=(("the simulation", 5),))) == ""

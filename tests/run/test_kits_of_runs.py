@@ -1,6 +1,7 @@
 """Which kit a run's devices train from: the one that is named, the one that is sent, and no other."""
 
 import json
+import os
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -38,6 +39,18 @@ def test_a_node_trains_from_the_kit_that_its_config_names(tmp_path: Path) -> Non
     digest = write(tmp_path / "kit").digest
     for settings in ("{}", told(""), told("int8"), told(digest)):
         assert Own.said({"runtime": "onnx", "kit": str(tmp_path / "kit")}, settings).kit == tmp_path / "kit"
+
+
+def test_a_kit_that_lies_among_those_that_were_sent_is_in_use_though_it_is_named_by_its_folder(tmp_path: Path) -> None:
+    """So that another run's kit that comes does not take its room."""
+    for name in (RUNS, "own"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1, 1))
+    for folder, kits in ((RUNS, ""), ("own", ""), (RUNS, "elsewhere")):
+        named = tmp_path / folder
+        assert kit_here({"kit": str(named), "kits": str(tmp_path / kits)}, "{}") == named
+        assert (named.stat().st_mtime > 1e9) is (folder == RUNS)
+    assert Path(tmp_path / "own").stat().st_mtime == 1
 
 
 def test_a_kit_in_the_nodes_config_that_is_not_the_runs_is_refused(tmp_path: Path) -> None:

@@ -76,6 +76,21 @@ def cosine(x, y):
     return float((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y))
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_the_lowest_trained_layer_is_called_with_what_is_kept(model, tmp_path):
+    """So whoever runs it again from its arguments, once the pass is over, as checkpointing may, has the same."""
+    keeping = load(model, tmp_path, replace(TRAINING, lower="bf16"))
+    lower, seen = keeping.frozen.lower, []
+    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    want, inputs = lower.of(ids, mask), {"input_ids": ids, "attention_mask": mask}
+    hook = lower.layers[lower.lowest].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with lower.feeding(inputs):
+        keeping.bridge.model(**inputs)
+    hook.remove()
+    assert seen[0].dtype == torch.float32
+    assert torch.equal(seen[0], want.float())
+
+
 def test_texts_go_through_the_lower_layers_once_whoever_trains_or_is_evaluated_on_them(tmp_path, calls):
     trainer = load("gpt2", tmp_path, replace(TRAINING, lower="bf16"))
     seen, texts = calls(trainer), len({trainer.store.row(i).tobytes() for i in trainer.rows(0, "train").index})

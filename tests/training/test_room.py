@@ -129,11 +129,40 @@ def test_what_was_given_up_while_it_was_to_be_held_is_not_held(
 
 
 def test_what_a_killed_process_left_is_removed(entries: list[Path]) -> None:
-    (left := entries[0].with_name(".gone.gone")).mkdir()
+    (left := entries[0].with_name(".gone.fedpeft-gone")).mkdir()
     (left / "half").write_bytes(b"x")
     make_room(entries)
     assert there(entries) == ["new", "middle", "old"]
     assert not left.exists()
+
+
+def test_what_only_looks_like_it_is_left_alone_and_of_a_link_only_the_link_goes(
+    entries: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (users := entries[0].with_name(".users.gone")).write_bytes(b"x")
+    (link := entries[0].with_name("link")).symlink_to(entries[1])
+    monkeypatch.setenv(LIMIT, "1")
+    make_room([link])
+    assert there(entries) == ["new", "middle", "old"]
+    assert bytes_of(entries[1]) == 300
+    assert users.exists()
+    assert sorted(x.name for x in users.parent.iterdir()) == [".users.gone", "middle", "new", "old"]
+
+
+def test_what_was_made_anew_while_another_process_gave_up_the_old_one_stays(
+    entries: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = fcntl.flock
+
+    def late(handle: int, how: int) -> None:
+        entries[2].unlink()
+        entries[2].write_bytes(b"made anew")
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setenv(LIMIT, "1")
+    make_room([entries[2]])
+    assert entries[2].read_bytes() == b"made anew"
 
 
 def test_unless_something_is_said_there_is_room_for_8_gb(entries: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
