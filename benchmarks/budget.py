@@ -90,7 +90,7 @@ def kit_of_case(case: Case) -> Path:
     """The kit that a device would be sent, made here if it was not before."""
     from fedpeft.config import experiment
     from fedpeft.run.kits import kit_of
-    from fedpeft.run.node import workshop
+    from fedpeft.run.workshop import workshop
 
     return kit_of(workshop(experiment(settings(case)).settings_json), case.quantise).folder
 

@@ -21,7 +21,7 @@ from fedpeft.data import Encoded, Rows, padded
 from fedpeft.rounds import Done, Job, Metrics, Trial
 from fedpeft.run import participant
 from fedpeft.run.kits import kit_of
-from fedpeft.run.node import workshop
+from fedpeft.run.workshop import workshop
 from fedpeft.training.kit import BASE, STEP
 
 if TYPE_CHECKING:

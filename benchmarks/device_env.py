@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 from fedpeft.config import experiment
 from fedpeft.run.kits import kit_of
-from fedpeft.run.node import workshop
+from fedpeft.run.workshop import workshop
 
 HERE = Path(__file__).parent.parent
 REPEATS = 3

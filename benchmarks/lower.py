@@ -13,7 +13,7 @@ from measure import save
 
 from fedpeft.config import experiment
 from fedpeft.rounds import Done, Job
-from fedpeft.run.node import workshop
+from fedpeft.run.workshop import workshop
 from fedpeft.training.loop import TorchTrainer
 
 SEED, ROWS, EPOCHS = 1, 32, 3

@@ -48,7 +48,7 @@ with starting():
     from fedpeft import cli
     lap("import: command line")
     from fedpeft import config, run
-    from fedpeft.run.node import workshop
+    from fedpeft.run.workshop import workshop
     lap("import: flwr, rounds, report")
     found = config.read(Path(sys.argv[1]), [])
     here = workshop(found.settings_json)

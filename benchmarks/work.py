@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from fedpeft.config import experiment
 from fedpeft.data import Federation
 from fedpeft.rounds import Job, derive
-from fedpeft.run.node import workshop
+from fedpeft.run.workshop import workshop
 from fedpeft.training.cohort import CohortTrainer
 from fedpeft.training.loop import TorchTrainer
 from fedpeft.training.passes import groups

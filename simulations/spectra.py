@@ -25,7 +25,7 @@ from fedpeft.adapters import Adapter, Array, Update
 from fedpeft.config import Experiment, read
 from fedpeft.rounds import Done, Job, ListRound, Metrics, Round, SumRound, contribute, derive
 from fedpeft.rules import FactorMean, FlexLoRA, ListRule, MeanRule, ServerState, Subspace, Task, ZeroPad
-from fedpeft.run.node import workshop
+from fedpeft.run.workshop import workshop
 
 HERE = Path(__file__).parent
 LR = 6e-3

@@ -11,10 +11,10 @@ from fedpeft.config import Experiment
 from fedpeft.data import Federation
 from fedpeft.report import BaselineRecord, Score
 from fedpeft.rounds import Failed, Job, Metrics, Trainer, Trial, derive
-from fedpeft.run.node import Workshop
 from fedpeft.run.panel import panel
 from fedpeft.run.view import View
 from fedpeft.run.virtual import assigned
+from fedpeft.run.workshop import Workshop
 from fedpeft.training.settings import Training
 
 

@@ -13,12 +13,13 @@ from fedpeft.report import exceeded, history, write_report
 from fedpeft.run.coordinate import Coordinator
 from fedpeft.run.footprints import guarded, of_devices
 from fedpeft.run.keys import read_roster
-from fedpeft.run.node import Scalar, without_data, workshop
+from fedpeft.run.node import Scalar
 from fedpeft.run.ranks import check_clients
 from fedpeft.run.secure import DEPLOYED, Sessions
 from fedpeft.run.shipped import to_send, with_kit
 from fedpeft.run.simulate import finish, opened, record
 from fedpeft.run.view import Lines
+from fedpeft.run.workshop import without_data, workshop
 from fedpeft.secagg import Protocol, TwoServer
 
 

@@ -14,7 +14,7 @@ from fedpeft.training.kit import CONFIG, Kit
 from fedpeft.training.peaks import gpu_peak, peak
 
 if TYPE_CHECKING:
-    from fedpeft.run.node import Workshop
+    from fedpeft.run.workshop import Workshop
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from fedpeft.run.virtual import population
 from fedpeft.training.peaks import peak, workers
 
 if TYPE_CHECKING:
-    from fedpeft.run.node import Workshop
+    from fedpeft.run.workshop import Workshop
 
 
 def guarded(

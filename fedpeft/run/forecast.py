@@ -16,12 +16,12 @@ from fedpeft.flower.small import narrowed, narrowed_tail
 from fedpeft.rounds import WHOLE
 from fedpeft.rules import Rule, ServerState, Task
 from fedpeft.run.compression import bytes_of, bytes_up, check_compression
-from fedpeft.run.node import without_data, workshop
 from fedpeft.run.outlook import Outlook, outlook
 from fedpeft.run.ranks import Assigned, check_clients, check_holders, check_spec
 from fedpeft.run.runtimes import by_runtime, others
 from fedpeft.run.secure import DEPLOYED, check_ranks, secrecy
 from fedpeft.run.virtual import assigned
+from fedpeft.run.workshop import without_data, workshop
 
 ROUGHLY = 0.3
 """How far the memory that is foretold may be off."""

@@ -10,8 +10,9 @@ from fedpeft.config import Experiment
 from fedpeft.flower import Participant
 from fedpeft.rounds import Done, Failed, Job, Metrics, Trainer, Trial, derive, place
 from fedpeft.rules import Rule
-from fedpeft.run.node import Scalar, workshop
+from fedpeft.run.node import Scalar
 from fedpeft.run.node import participant as honest
+from fedpeft.run.workshop import workshop
 
 _MOVES = "moves"
 

@@ -19,14 +19,14 @@ from fedpeft.training.settings import Quantise
 from fedpeft.training.whole import link, whole
 
 if TYPE_CHECKING:
-    from fedpeft.run.node import Workshop
+    from fedpeft.run.workshop import Workshop
 
 
 def kept_kit(here: "Workshop", quantise: Quantise) -> Path:
     """Where the kit of a workshop's experiment is kept with the base in this format, whether or not it is there."""
+    trainer, training = here.trainer, here.trainer.training  # first: it is loaded with others' packages hidden
     from fedpeft.training.token_files import wording_of
 
-    trainer, training = here.trainer, here.trainer.training
     start, base = trainer.start(), trainer.frozen
     config = base.model.config.to_dict() | {"_name_or_path": ""}
     made_of = [
@@ -76,7 +76,7 @@ def export_kit(
 
     quantise: what the base is held in, if not as the experiment says. ConfigError as ``export_step``.
     """
-    from fedpeft.run.node import without_data, workshop
+    from fedpeft.run.workshop import without_data, workshop
 
     wanted = quantise or found.model.quantise
     if found.model.formats and wanted not in found.model.formats:

@@ -16,7 +16,7 @@ from fedpeft.run.simulated import SIMULATED, simulated_admin, simulated_identity
 from fedpeft.secagg import Policy, Protocol, Roster
 
 if TYPE_CHECKING:
-    from fedpeft.run.node import Workshop
+    from fedpeft.run.workshop import Workshop
 
 
 def member(here: "Workshop", node_config: Mapping[str, bool | int | float | str], state: Path | None) -> Secure | None:

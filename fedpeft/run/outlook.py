@@ -8,8 +8,8 @@ import numpy as np
 
 from fedpeft.config import Experiment
 from fedpeft.rounds import Buffered, Errand, Population, Visit, derive, draw
-from fedpeft.run.node import Workshop
 from fedpeft.run.virtual import Work, assigned, population
+from fedpeft.run.workshop import Workshop
 
 _ROUNDS = 20
 

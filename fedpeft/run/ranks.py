@@ -18,7 +18,7 @@ from fedpeft.training.environment import memory
 from fedpeft.training.kit import Kit
 
 if TYPE_CHECKING:
-    from fedpeft.run.node import Workshop
+    from fedpeft.run.workshop import Workshop
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from fedpeft.config.rules import seeded
 from fedpeft.config.schema import Choice, choose, plain
 from fedpeft.errors import ConfigError
 from fedpeft.rules import ListRule, MeanRule, ServerState, Task
-from fedpeft.run.node import without_data, workshop
+from fedpeft.run.workshop import without_data, workshop
 from fedpeft.testing.facts import Facts, facts, numbers_down, numbers_up
 
 ABOUT = "what it does"

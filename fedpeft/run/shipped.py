@@ -17,7 +17,7 @@ from fedpeft.training.environment import cache_folder
 from fedpeft.training.kit import Kit
 
 if TYPE_CHECKING:
-    from fedpeft.run.node import Workshop
+    from fedpeft.run.workshop import Workshop
 
 Scalar = bool | int | float | str
 

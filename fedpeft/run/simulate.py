@@ -35,13 +35,14 @@ from fedpeft.run.coordinate import Coordinator
 from fedpeft.run.footprints import guarded, of_simulation
 from fedpeft.run.hostile import is_hostile, simulated
 from fedpeft.run.kits import kit_of, missing
-from fedpeft.run.node import Scalar, Workshop, without_data, workshop
+from fedpeft.run.node import Scalar
 from fedpeft.run.panel import panel, sample
 from fedpeft.run.ranks import Assigned, check_clients, check_holders
 from fedpeft.run.runtimes import runtime_of
 from fedpeft.run.simulated import SIMULATED, losses, sessions
 from fedpeft.run.view import View
 from fedpeft.run.virtual import assigned, population, virtual_grid
+from fedpeft.run.workshop import Workshop, without_data, workshop
 from fedpeft.secagg import Protocol
 
 _PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy", "safetensors")

@@ -24,8 +24,8 @@ from fedpeft.rules import MeanRule, ServerState, Task
 from fedpeft.run.compression import bytes_up
 from fedpeft.run.hostile import simulated
 from fedpeft.run.needs import Needs
-from fedpeft.run.node import Workshop
 from fedpeft.run.ranks import Assigned, rank_in
+from fedpeft.run.workshop import Workshop
 
 
 def virtual_grid(found: Experiment, here: Workshop, state: Path) -> VirtualGrid:

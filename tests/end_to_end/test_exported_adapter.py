@@ -11,7 +11,7 @@ import pytest
 from fedpeft.config import experiment
 from fedpeft.report import history
 from fedpeft.run import Lines, simulate
-from fedpeft.run.node import workshop
+from fedpeft.run.workshop import workshop
 
 SETTINGS = {
     "rounds": 2,

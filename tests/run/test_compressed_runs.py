@@ -12,7 +12,7 @@ from fedpeft.report import RunFolder, history
 from fedpeft.rules import Task
 from fedpeft.run import Lines, forecast, simulate
 from fedpeft.run.compression import bytes_up
-from fedpeft.run.node import workshop
+from fedpeft.run.workshop import workshop
 
 SETTINGS = {
     "rounds": 3,

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from fedpeft.config import experiment
 from fedpeft.errors import ConfigError
 from fedpeft.run import Lines, export_run, simulate
-from fedpeft.run.node import workshop
 from fedpeft.run.simulate import stored
+from fedpeft.run.workshop import workshop
 from fedpeft.training import reload
 from fedpeft.training.bases import load_base
 from fedpeft.training.quantised import FrozenLinear

@@ -13,8 +13,9 @@ from fedpeft.data import own as whole
 from fedpeft.rounds import Job
 from fedpeft.run.footing import Footing
 from fedpeft.run.needs import CARRIER
-from fedpeft.run.node import Workshop, participant, workshop
+from fedpeft.run.node import participant
 from fedpeft.run.own import Own
+from fedpeft.run.workshop import Workshop, workshop
 from fedpeft.secagg import Full
 from fedpeft.training.kit import CONFIG
 from fedpeft.training.memory import estimate, parts

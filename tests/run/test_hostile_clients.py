@@ -14,9 +14,10 @@ from fedpeft.report import RunFolder, history
 from fedpeft.rounds import Failed, Job
 from fedpeft.run import Lines, serve_run, simulate
 from fedpeft.run.hostile import Attacker, is_hostile, moved, simulated
-from fedpeft.run.node import participant, workshop
+from fedpeft.run.node import participant
 from fedpeft.run.panel import panel
 from fedpeft.run.ranks import check_clients
+from fedpeft.run.workshop import workshop
 from tests.flower.linear import LinearTrainer, start
 
 CLIENTS = 5

@@ -8,7 +8,7 @@ import pytest
 
 from fedpeft.config import experiment
 from fedpeft.run.kits import export_kit, kept_kit, kit_of, missing
-from fedpeft.run.node import Workshop, without_data
+from fedpeft.run.workshop import Workshop, without_data
 from fedpeft.training import export_step
 from fedpeft.training.environment import cache_folder
 from fedpeft.training.packaged import folder

@@ -11,10 +11,11 @@ import pytest
 from fedpeft.config import experiment
 from fedpeft.errors import ConfigError
 from fedpeft.flower import KitMissingError
-from fedpeft.run import node
-from fedpeft.run.node import participant, without_data
+from fedpeft.run import workshop as workshops
+from fedpeft.run.node import participant
 from fedpeft.run.own import Own
 from fedpeft.run.shipped import kit_here, mend, shelf, to_send, with_kit
+from fedpeft.run.workshop import without_data
 from tests.ondevice.small_kit import CLASSES, write
 
 TINY = {
@@ -240,7 +241,7 @@ def test_a_node_whose_kit_has_rotted_asks_for_it_again_and_one_whose_own_has_say
     here = participant(settings, config)
     assert here.examples(0).train > 0
     _flip(tmp_path / digest / "step.onnx")
-    node._workshop.cache_clear()  # as in a process of its own
+    workshops._workshop.cache_clear()  # as in a process of its own
     with pytest.raises(ConfigError, match=r"step\.onnx"):
         participant(settings, {**config, "kit": str(tmp_path / digest), "kits": str(tmp_path / "others")})
     with pytest.raises(KitMissingError):

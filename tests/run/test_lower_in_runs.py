@@ -7,7 +7,7 @@ from fedpeft.config import experiment
 from fedpeft.report import RunFolder
 from fedpeft.run import Lines, forecast, node, simulate
 from fedpeft.run.needs import Needs
-from fedpeft.run.node import workshop
+from fedpeft.run.workshop import workshop
 
 SETTINGS = {
     "rounds": 2,

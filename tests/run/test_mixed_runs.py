@@ -10,8 +10,8 @@ from fedpeft.errors import ConfigError
 from fedpeft.report import RunFolder, history
 from fedpeft.rounds import Job
 from fedpeft.run import Lines, forecast, serve_run, simulate
-from fedpeft.run.node import workshop
 from fedpeft.run.runtimes import runtime_of
+from fedpeft.run.workshop import workshop
 from fedpeft.training.memory import RUNTIME
 
 CLIENTS = 6

@@ -12,9 +12,10 @@ from fedpeft.data import own as whole
 from fedpeft.errors import ConfigError
 from fedpeft.run import node, own
 from fedpeft.run.needs import fitting_on_device
-from fedpeft.run.node import Workshop, participant
+from fedpeft.run.node import participant
 from fedpeft.run.own import Own
 from fedpeft.run.runtimes import on_device
+from fedpeft.run.workshop import Workshop
 from fedpeft.training.kit import CONFIG, Kit
 from fedpeft.training.quantised import FrozenLinear
 from fedpeft.training.settings import Training

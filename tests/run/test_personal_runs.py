@@ -13,7 +13,7 @@ from fedpeft.flower import ClientStore
 from fedpeft.report import history
 from fedpeft.run import Lines, simulate
 from fedpeft.run.forecast import forecast
-from fedpeft.run.node import workshop
+from fedpeft.run.workshop import workshop
 
 HEAD = "base_model.model.classifier"
 SECOND = "base_model.model.bert.encoder.layer.1"

@@ -6,8 +6,8 @@ from fedpeft.config import experiment
 from fedpeft.errors import ConfigError
 from fedpeft.report import RunFolder, history
 from fedpeft.run import Lines, simulate
-from fedpeft.run.node import workshop
 from fedpeft.run.simulate import stored
+from fedpeft.run.workshop import workshop
 from fedpeft.training.quantised import FrozenEmbedding, FrozenLinear
 
 DATA = {"tiny-bert": {"name": "wiki11", "examples": 260}, "tiny-llama": {"name": "chitchat", "examples": 120}}

@@ -12,8 +12,8 @@ from fedpeft.flower import Footprints, InProcessGrid, answer
 from fedpeft.report import history
 from fedpeft.run import Lines, forecast, participant, serve_run, simulate
 from fedpeft.run.needs import Needs
-from fedpeft.run.node import workshop
 from fedpeft.run.virtual import assigned
+from fedpeft.run.workshop import workshop
 
 LEVELS = {"name": "levels", "levels": [2, 4, 8], "shares": [1, 1, 2]}
 CLIENTS = 8

@@ -17,9 +17,9 @@ from fedpeft.run import members
 from fedpeft.run.deployed import serve_run
 from fedpeft.run.keys import collect, make_identity, read_identity, read_roster, sign_roster, write_roster
 from fedpeft.run.members import member
-from fedpeft.run.node import Workshop
 from fedpeft.run.secure import DEPLOYED, Sessions
 from fedpeft.run.simulated import SIMULATED
+from fedpeft.run.workshop import Workshop
 from fedpeft.secagg import Identity, Member, Policy, Roster
 from fedpeft.secagg.helper import HelperKey
 

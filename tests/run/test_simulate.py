@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-import fedpeft.run.node as node
+import fedpeft.run.workshop as workshops
 from fedpeft.config import experiment
 from fedpeft.report import history
 from fedpeft.run import Lines, simulate
@@ -26,9 +26,9 @@ def settings(tmp_path):
 
 def test_a_run_and_its_baselines_share_one_base_model_and_one_federation(settings, tmp_path, monkeypatch):
     made = []
-    load, federate = CohortTrainer.load, node.federate
+    load, federate = CohortTrainer.load, workshops.federate
     monkeypatch.setattr(CohortTrainer, "load", lambda *x: made.append("base") or load(*x))
-    monkeypatch.setattr(node, "federate", lambda *x: made.append("federation") or federate(*x))
+    monkeypatch.setattr(workshops, "federate", lambda *x: made.append("federation") or federate(*x))
     simulate(experiment(settings), tmp_path / "run", Lines())
     assert "base" in history(tmp_path / "run").baselines
     assert made == ["federation", "base"]

@@ -10,9 +10,9 @@ from fedpeft.errors import ConfigError, DataError
 from fedpeft.report import RunFolder, history
 from fedpeft.rounds import answer_size
 from fedpeft.run import Lines, simulate
-from fedpeft.run.node import workshop
 from fedpeft.run.outlook import outlook
 from fedpeft.run.virtual import Work, population, read_trace
+from fedpeft.run.workshop import workshop
 
 KINDS = {
     "slow": {"tokens_per_second": 5.0, "share": 2, "jitter": 0.3},
