@@ -85,14 +85,17 @@ def starting() -> Iterator[None]:
 
 
 def _ask_once() -> None:
-    """Have peft and transformers find out now what is installed: they keep the answer, and go by it in all they do."""
+    """Have peft and transformers find out now what is installed: they keep the answer, and go by it in all they do.
+
+    A version that has no such question is not asked: it may then load what it finds, which costs memory and no more.
+    """
     for module, questions in (
         ("peft.import_utils", ("is_bnb_available", "is_bnb_4bit_available")),
         ("transformers.utils.import_utils", ("is_bitsandbytes_available",)),
     ):
         if module in sys.modules:
             for question in questions:
-                getattr(sys.modules[module], question)()
+                getattr(sys.modules[module], question, bool)()
 
 
 @contextmanager

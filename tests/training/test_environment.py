@@ -165,6 +165,16 @@ def test_what_peft_must_not_find_is_hidden_in_every_process_and_it_settles_that_
     assert import_module("colorsys").rgb_to_hls
 
 
+def test_a_version_of_peft_or_transformers_that_has_no_such_question_is_not_asked(clean):
+    for name in ("peft.import_utils", "transformers.utils.import_utils"):
+        clean.setitem(sys.modules, name, type("Other", (), {}))
+    clean.setattr(environment, "_NOT_THEIRS", ("colorsys",))
+    clean.delitem(sys.modules, "colorsys", raising=False)
+    with environment.starting():
+        pass
+    assert import_module("colorsys").rgb_to_hls
+
+
 def test_what_is_hidden_is_there_for_who_asks_for_it_and_stays_then(clean):
     clean.delitem(sys.modules, "colorsys", raising=False)
     with environment.without(["colorsys"]):
