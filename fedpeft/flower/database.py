@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from fedpeft.errors import DataError
 
 _PAGE = 16384  # measured for states of 300 kB: half of the time that SQLite's 4096 takes
 _BUSY_SECONDS = 60.0
+_PAUSE = 0.02
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -68,8 +70,20 @@ class Database:
             raise DataError(f"{self.path or 'temporary database'}: {error}; {_advice(error)}") from error
 
     def _open(self) -> sqlite3.Connection:
+        """Opened again where another process is just making the file: SQLite then says at once that it is locked, for
+        neither could wait for the other."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+        until = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                return self._opened()
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(_PAUSE)
+
+    def _opened(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
             self.path or "", timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )

@@ -38,6 +38,8 @@ FULL = [
     ("query.secure", "secured"),  # survivors
     ("query.secure", "secured"),  # unmask
 ]
+FAREWELL = ("query.memory", "memory")
+"""What each is asked when the run is over."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,9 @@ def test_deployed_nodes_end_in_the_plain_adapter_and_nothing_of_their_session_is
     )
     assert json.loads((folder / "privacy.json").read_text())["security"]["protocol"] == "full"
     for client in range(N):
-        notes = deployment.notes(client)
+        *notes, last = deployment.notes(client)
         assert [(x["asked"], x["answer"]) for x in notes] == FULL
+        assert (last["asked"], last["answer"]) == FAREWELL
         assert all(x["facts"] == {} for x in notes[1:])  # nothing beside the protocol's bytes
         assert notes[0]["facts"]["examples"] is None
         assert len({x["process"] for x in notes}) == len(FULL)
@@ -176,8 +179,9 @@ def test_two_servers_end_in_the_plain_adapter_with_one_message_from_each_client(
     assert log.count(": answered") == 1
     assert "refused" not in log
     for client in range(N):
-        notes = deployment.notes(client)
+        *notes, last = deployment.notes(client)
         assert [(x["asked"], x["answer"]) for x in notes] == [FULL[0], ("train.secure", "secured")]
+        assert (last["asked"], last["answer"]) == FAREWELL
         assert notes[1]["facts"] == {}
         assert [x["kept"] for x in notes] == [0, 0]
         _, rounds = journal(known.client(client) / "state", name_of(folder))

@@ -32,6 +32,7 @@ def main(grid: Grid, config: Mapping[str, bool | int | float | str]) -> None:
     for _ in range(2):
         round = SumRound(state, ranks, clients, rule=RULE)
         drive(fleet, round, SECONDS)
+        print("refused:", round.refused)  # the log is shown where the run fails
         state = round.result().state
     found = evaluate(fleet, state, ranks, dict.fromkeys(ranks, ("validation", "central")), SECONDS)
     loss = [found.answers[client][part].loss for client in ranks for part in ("validation", "central")]
