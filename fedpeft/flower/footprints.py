@@ -6,24 +6,23 @@ state that the node keeps of a run. They hold nothing that was learned, only the
 
 import json
 from collections.abc import MutableMapping
-from dataclasses import asdict, dataclass
-from typing import Literal, TypeAlias, get_args
+from dataclasses import asdict, dataclass, fields
+from typing import get_args
 
 from flwr.app import ConfigRecord, RecordDict
 
 from fedpeft.errors import ProtocolError
 from fedpeft.flower import facts as read
 from fedpeft.flower.packing import Json, Parcel, pack, unpack
+from fedpeft.training.predict import Engine
 from fedpeft.training.settings import Quantise
 
 MEMORY_QUERY = "query.memory"
 """The type of the message that asks for a footprint: it needs no model, and none is loaded."""
 
-Engine: TypeAlias = Literal["torch", "onnx"]
 _ENGINES: tuple[Engine, ...] = get_args(Engine)
 _FORMATS: tuple[Quantise, ...] = get_args(Quantise)
 _RECORD = "fedpeft.memory"
-_KEYS = ("rank", "engine", "quantise", "budget", "predicted", "measured", "gpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,9 @@ class Footprint:
     predicted: int | None
     measured: int
     gpu: int | None = None
+
+
+_KEYS = tuple(x.name for x in fields(Footprint))
 
 
 class Footprints:
@@ -80,7 +82,7 @@ def pack_memory_query() -> RecordDict:
 
 def pack_footprint(found: Footprint | None) -> RecordDict:
     """The answer; None of a client that has not trained."""
-    facts: dict[str, Json] = {} if found is None else {name: getattr(found, name) for name in _KEYS}
+    facts: dict[str, Json] = {} if found is None else asdict(found)
     return pack(Parcel("memory", facts, {}))
 
 

@@ -44,11 +44,8 @@ class Needs:
         return _largest(levels, lambda rank: self.of(rows, rank), memory)
 
     def _estimate(self, batch: int, rank: int, texts: int) -> int:
-        from fedpeft.training.memory import estimate
-
-        trainer, base = self._trainer, self._trainer.frozen
-        spec, training = trainer.start().cut(rank).spec, replace(trainer.training, batch=batch)
-        return estimate(base.model.config, base.parameters, spec, training, base.quantise, sparing=True, texts=texts)
+        spec = self._trainer.start().cut(rank).spec
+        return taken(self._trainer, Runtime("torch", self._trainer.frozen.quantise), spec, batch, texts)
 
 
 def fitting_on_device(kit: Kit, training: Training, levels: Sequence[int], rows: int, memory: float) -> int:
@@ -83,7 +80,7 @@ def taken(
     trainer: whose model and settings these are; texts: as for ``training.memory.estimate``; trains: the factors that
     are trained; spares: whether the device's process gives back what is freed, as it does on onnxruntime in any case.
     """
-    from fedpeft.training.memory import estimate, parts
+    from fedpeft.training.memory import estimate
 
     base, training = trainer.frozen, replace(trainer.training, batch=batch)
     config, parameters = base.model.config, base.parameters
